@@ -1,0 +1,1 @@
+"""One fine-tuning run: its specification, model, data, schedule, optimiser, training and tracking."""

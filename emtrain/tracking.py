@@ -1,0 +1,261 @@
+"""The only writer to MLflow: one experiment per sweep, one parent run, one child run per run.
+
+Everything is written in batches and off the training loop, and nothing is written twice: a run that is trained again
+from a checkpoint (or from its beginning) skips the points that are already there, metric by metric.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Before mlflow is imported: it would phone home, and warn about what is no concern of the user's.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+import httpx
+import mlflow
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+from emtrain import names
+
+Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+BATCH = 500
+"""Metrics per request. MLflow takes 1,000; on SQLite 1,000 in one batch cost 0.25 s, one at a time 20 s."""
+SEND_EVERY_SECONDS = 5.0
+PARAM_LIMIT = 6000
+"""Characters MLflow stores of a param's value."""
+VERSIONED = ("emsweep", "torch", "transformers", "trl", "peft", "ray", "optuna", "mlflow")
+
+
+def tracking_uri(uri: str | None, data_dir: Path) -> str:
+    """``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file in ``data_dir``."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir.resolve() / 'mlflow.db'}"
+
+
+def client(uri: str) -> mlflow.MlflowClient:
+    """A client for ``uri``. Raises ``ValueError`` when nothing answers there."""
+    database = uri.removeprefix("sqlite:///")
+    if database != uri:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    opened = mlflow.MlflowClient(uri)
+    try:
+        if uri.startswith(("http://", "https://")):
+            # The MLflow client itself would try for two minutes before it says that nobody is there.
+            httpx.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
+        opened.search_experiments(max_results=1)
+    except Exception as error:
+        # The MLflow client wraps what went wrong in many types, by kind of store; all mean the same here.
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"tracking.uri: no MLflow store answers at {_without_password(uri)} ({reason}). Start the server, or leave "
+            "tracking.uri and MLFLOW_TRACKING_URI unset to use a local file"
+        ) from error
+    return opened
+
+
+def _without_password(uri: str) -> str:
+    scheme, at, rest = uri.rpartition("@")
+    return f"{scheme.partition('://')[0]}://***@{rest}" if at else uri
+
+
+@dataclass(frozen=True)
+class SweepLog:
+    """A sweep in MLflow."""
+
+    uri: str
+    experiment_id: str
+    parent_run_id: str
+
+    @classmethod
+    def open(cls, name: str, *, uri: str, artifacts: Path | None = None) -> "SweepLog":
+        """The sweep called ``name``, created when it is not there yet.
+
+        ``artifacts`` is where a new experiment on a local store keeps its files; None leaves that to the server.
+        """
+        store = client(uri)
+        location = (artifacts / name).resolve().as_uri() if artifacts and not uri.startswith("http") else None
+        try:
+            experiment_id = store.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+            experiment = store.get_experiment_by_name(name)
+            if experiment.lifecycle_stage != "active":
+                raise ValueError(
+                    f"name: the sweep {name!r} was deleted in MLflow; restore it there or choose another name"
+                ) from error
+            experiment_id = experiment.experiment_id
+        parents = store.search_runs([experiment_id], f"tags.`{names.KIND}` = 'sweep'", ViewType.ACTIVE_ONLY, 1)
+        if parents:
+            return cls(uri, experiment_id, parents[0].info.run_id)
+        parent = store.create_run(experiment_id, tags={names.KIND: "sweep", names.RUN_NAME: name})
+        return cls(uri, experiment_id, parent.info.run_id)
+
+    @classmethod
+    def find(cls, name: str, *, uri: str) -> "SweepLog":
+        """The existing sweep called ``name``. Raises ``ValueError`` naming the sweeps there are."""
+        store = client(uri)
+        experiment = store.get_experiment_by_name(name)
+        parents = (
+            store.search_runs([experiment.experiment_id], f"tags.`{names.KIND}` = 'sweep'", ViewType.ACTIVE_ONLY, 1)
+            if experiment
+            else []
+        )
+        if not parents:
+            known = sorted(e.name for e in store.search_experiments() if e.name != "Default")
+            raise ValueError(
+                f"there is no sweep {name!r} at {_without_password(uri)}; sweeps there: {', '.join(known) or 'none'}"
+            )
+        return cls(uri, experiment.experiment_id, parents[0].info.run_id)
+
+    def runs(self) -> dict[str, Run]:
+        """Every run of the sweep by its run key."""
+        store, found, token = client(self.uri), {}, None
+        while True:
+            page = store.search_runs(
+                [self.experiment_id],
+                f"tags.`{names.KIND}` = 'run'",
+                ViewType.ACTIVE_ONLY,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            # Oldest first and the first kept: should two drivers ever have planned the same run, all agree on one.
+            for run in page:
+                found.setdefault(run.data.tags[names.RUN_KEY], run)
+            token = page.token
+            if not token:
+                return found
+
+    def plan(self, run_key: str, *, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Enter a run as SCHEDULED; returns its MLflow run id."""
+        store = client(self.uri)
+        run = store.create_run(
+            self.experiment_id,
+            tags={
+                names.KIND: "run",
+                names.RUN_KEY: run_key,
+                names.PARENT: self.parent_run_id,
+                names.RUN_NAME: name,
+                **tags,
+            },
+        )
+        run_id = run.info.run_id
+        store.log_batch(run_id, params=[Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()])
+        store.update_run(run_id, status="SCHEDULED")
+        return run_id
+
+    def set_status(self, run_id: str, status: Status) -> None:
+        """Set the status of one of the sweep's runs, or of its parent run."""
+        store = client(self.uri)
+        if RunStatus.is_terminated(RunStatus.from_string(status)):
+            store.set_terminated(run_id, status)
+        else:
+            store.update_run(run_id, status=status)
+
+    def fail(self, run_id: str, failure: str) -> None:
+        """Mark a run FAILED for a reason its own process could not record."""
+        client(self.uri).set_tag(run_id, names.FAILURE, failure)
+        self.set_status(run_id, "FAILED")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Keep a text with the sweep's parent run."""
+        client(self.uri).log_text(self.parent_run_id, text, name)
+
+    def write_directory(self, directory: Path, name: str) -> None:
+        """Keep a directory with the sweep's parent run."""
+        client(self.uri).log_artifacts(self.parent_run_id, str(directory), name)
+
+
+class RunLog:
+    """Writes one run, from the process that trains it."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.run_id = run_id
+        self._store = client(uri)
+        self._pending: list[Metric] = []
+        self._sent_at = time.monotonic()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._writes: list[Future[Any]] = []
+        self._logged = self._last_steps()
+
+    def _last_steps(self) -> dict[str, int]:
+        logged = self._store.get_run(self.run_id).data.metrics
+        return {key: max(m.step for m in self._store.get_metric_history(self.run_id, key)) for key in logged}
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Queue the values of a step; those a former attempt already logged are left out."""
+        now = int(time.time() * 1000)
+        self._pending += [
+            Metric(key, value, now, step) for key, value in values.items() if step > self._logged.get(key, -1)
+        ]
+        if len(self._pending) >= BATCH or time.monotonic() - self._sent_at > SEND_EVERY_SECONDS:
+            self._send()
+
+    def _send(self) -> None:
+        for start in range(0, len(self._pending), BATCH):
+            batch = self._pending[start : start + BATCH]
+            self._writes.append(self._writer.submit(self._store.log_batch, self.run_id, metrics=batch))
+        self._pending = []
+        self._sent_at = time.monotonic()
+
+    def flush(self) -> None:
+        """Wait until everything queued is stored. Raises what went wrong on the way."""
+        self._send()
+        for write in self._writes:
+            write.result()
+        self._writes = []
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags at once."""
+        self._store.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+
+    def artifact(self, path: Path, directory: str | None = None) -> None:
+        """Store a file, or all files of a directory, below ``directory`` (None is the top)."""
+        if path.is_dir():
+            self._store.log_artifacts(self.run_id, str(path), directory)
+        else:
+            self._store.log_artifact(self.run_id, str(path), directory)
+
+    def text(self, name: str, content: str) -> None:
+        """Store ``content`` as the text file ``name``."""
+        self._store.log_text(self.run_id, content, name)
+
+    def start(self) -> None:
+        """The run is being trained; what a former attempt failed of is forgotten."""
+        self._store.update_run(self.run_id, status="RUNNING")
+        if names.FAILURE in self._store.get_run(self.run_id).data.tags:
+            self._store.delete_tag(self.run_id, names.FAILURE)
+
+    def history(self, metric: str) -> list[float]:
+        """All stored values of a metric in order of their steps, those of former attempts included."""
+        points = self._store.get_metric_history(self.run_id, metric)
+        return [point.value for point in sorted(points, key=lambda point: point.step)]
+
+    def finish(self, status: Status, *, failure: str | None = None) -> None:
+        """Store what is queued, then set the final status; ``failure`` says in a line why a run failed."""
+        self.flush()
+        if failure is not None:
+            self.tags({names.FAILURE: failure[:PARAM_LIMIT]})
+        self._store.set_terminated(self.run_id, status)
+        self._writer.shutdown()
+
+
+def environment_tags() -> dict[str, str]:
+    """Tags that say with what a sweep was made: package versions, and the git commit of the working directory."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    tags = {names.VERSIONS: json.dumps(versions)}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        tags[names.GIT_COMMIT] = commit.stdout.strip()
+    return tags

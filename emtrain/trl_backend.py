@@ -1,0 +1,230 @@
+"""The reference backend: one run, alone, through TRL's SFTTrainer.
+
+Everything that must agree between backends (masking, data order, schedule, held-out loss) comes from the modules
+beside this one; TRL contributes the training loop: forward, token-mean loss over the whole accumulated batch,
+backward, clipping, update.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from emtrain import checkpoint
+from emtrain.adapter import adapted
+from emtrain.heldout import heldout_loss
+from emtrain.lookup import lookup
+from emtrain.order import row_order
+from emtrain.schedule import build
+from emtrain.seeds import derive
+from emtrain.spec import RunSpec
+from emtrain.train import Checkpoint, NonFiniteLoss, OnCheckpoint, OnStep, Plan, Step, TrainingData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train(
+    spec: RunSpec,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: TrainingData,
+    plan: Plan,
+    *,
+    on_step: OnStep,
+    on_checkpoint: OnCheckpoint,
+) -> None:
+    """Train one run, from the state it left behind if there is one.
+
+    ``model`` is the base; it is itself again when this returns, unless ``spec.adapter`` is ``full``: then it is
+    trained in place. Raises ``NonFiniteLoss``, with the last finite parameters in the state of the last checkpoint.
+    """
+    with _trainable(spec, model) as trained, tempfile.TemporaryDirectory() as scratch:
+        _train(spec, trained, tokenizer, data, plan, scratch, on_step, on_checkpoint)
+
+
+@contextmanager
+def _trainable(spec: RunSpec, model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
+    try:
+        if spec.adapter == "full":
+            yield model.requires_grad_(True)
+        else:
+            with adapted(model, spec.adapter, seed=spec.seed) as peft_model:
+                yield peft_model
+    finally:
+        # TRL puts a forward of its own on the base model instance; the next run must find the original.
+        vars(model).pop("forward", None)
+
+
+def _train(
+    spec: RunSpec,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: TrainingData,
+    plan: Plan,
+    scratch: str,
+    on_step: OnStep,
+    on_checkpoint: OnCheckpoint,
+) -> None:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = _optimizer(spec, parameters)
+    state = checkpoint.load(plan.state_directory)
+    if state is not None:
+        _restore(state, parameters, optimizer)
+    start = state.step if state is not None else 0
+    if start >= plan.total_steps:
+        return
+    schedule = build(spec.schedule, plan.total_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(start + step, plan.total_steps - 1)))
+    order = row_order(len(data.train), batch_size=spec.batch_size, total_steps=plan.total_steps, seed=spec.seed)
+    rows = [data.train[row] for row in order[start:].flatten()]
+    run = _Reporter(spec, plan, data, optimizer, parameters, start, state, on_step, on_checkpoint)
+    trainer = _Trainer(
+        run,
+        model=model,
+        args=_arguments(spec, plan.total_steps - start, scratch, model.device),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+        ),
+        processing_class=tokenizer,
+        optimizers=(optimizer, scheduler),
+        callbacks=[run],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def _arguments(spec: RunSpec, steps: int, scratch: str, device: torch.device) -> SFTConfig:
+    micro_batch_size = spec.micro_batch_size or spec.batch_size
+    return SFTConfig(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=spec.batch_size // micro_batch_size,
+        train_sampling_strategy="sequential",
+        max_grad_norm=spec.optimizer.max_grad_norm or 0.0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        bf16=device.type == "cuda" and spec.precision != "fp32" and torch.cuda.is_bf16_supported(),
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=device.type != "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=spec.seed,
+    )
+
+
+def _optimizer(spec: RunSpec, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The run's optimiser. Weight decay spares vectors (norms, biases), as the Hugging Face trainers do."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    make = lookup("emtrain.optimizers", spec.optimizer.name)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return make(
+        [group for group in groups if group["params"]],
+        learning_rate=spec.optimizer.learning_rate,
+        weight_decay=spec.optimizer.weight_decay,
+        **spec.optimizer.arguments,
+    )
+
+
+def _restore(
+    state: checkpoint.RunState, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.parameters[name])
+    for name, slots in state.optimizer.items():
+        parameter = parameters[name]
+        # A step count stays where the optimiser keeps it (the CPU); moments follow their parameter.
+        optimizer.state[parameter] = {
+            slot: tensor if tensor.ndim == 0 else tensor.to(parameter.device) for slot, tensor in slots.items()
+        }
+
+
+class _Trainer(SFTTrainer):
+    """SFTTrainer that hands each micro-batch's loss and each step's gradient norm to the reporter."""
+
+    def __init__(self, run: "_Reporter", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._run = run
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self._run.tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._run.losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._run.grad_norm = float(norm)
+        return norm
+
+
+class _Reporter(TrainerCallback):
+    """Reports steps, pauses the run at evaluation points, keeps its state."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        plan: Plan,
+        data: TrainingData,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, torch.nn.Parameter],
+        start: int,
+        state: checkpoint.RunState | None,
+        on_step: OnStep,
+        on_checkpoint: OnCheckpoint,
+    ) -> None:
+        self.spec, self.plan, self.data = spec, plan, data
+        self.optimizer, self.parameters = optimizer, parameters
+        self.start = start
+        self.generator = state.generator if state is not None else None
+        self.tokens = state.tokens if state is not None else 0
+        self.on_step_done, self.on_checkpoint = on_step, on_checkpoint
+        self.losses: list[torch.Tensor] = []
+        self.grad_norm = math.nan
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            # Only here has the trainer stopped drawing from the generator that dropout will use.
+            if self.generator is not None:
+                torch.set_rng_state(self.generator)
+            else:
+                torch.manual_seed(derive(self.spec.seed, "dropout"))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = self.start + state.global_step + 1
+        loss = float(torch.stack(self.losses).sum())
+        self.losses.clear()
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+            raise NonFiniteLoss(step, learning_rate, loss, self.grad_norm)
+        self.on_step_done(Step(step, loss, learning_rate, self.grad_norm, self.tokens))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = self.start + state.global_step
+        if step not in self.plan.evaluate_at:
+            return
+        generator = torch.get_rng_state()
+        model.eval()
+        go_on = self.on_checkpoint(Checkpoint(step, heldout_loss(model, self.data.heldout), model))
+        # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        slots = {names[parameter]: dict(slots) for parameter, slots in self.optimizer.state.items()}
+        checkpoint.save(
+            checkpoint.RunState(step, self.tokens, self.parameters, slots, generator), self.plan.state_directory
+        )
+        torch.set_rng_state(generator)
+        if not go_on:
+            control.should_training_stop = True

@@ -1,0 +1,1 @@
+"""From one recipe file to a sweep of runs, and the ``emsweep`` command."""

@@ -1,0 +1,364 @@
+"""The ``emsweep`` command. The only module that prints or exits.
+
+Exit codes: 0 all is well, 1 a run failed, 2 the user's mistake, 130 stopped by the user.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sweeps.planner import SweepPlan
+    from sweeps.recipe import Recipe
+
+app = typer.Typer(
+    name="emsweep",
+    help="Sweeps of emergent-misalignment fine-tuning runs: one recipe in, MLflow and a report out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="R", help="A shipped recipe's name, or the path of a .yaml file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe (dotted); may be repeated."),
+]
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's name (the recipe's `name`).")]
+UriOption = Annotated[
+    str | None, typer.Option("--uri", help="MLflow tracking URI; default MLFLOW_TRACKING_URI, else ./emsweep-data.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with _explained():
+        app()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A user's mistake is a message and exit code 2, never a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        for line in str(error).splitlines():
+            err.print(f"[red]error:[/] {escape(line)}" if not line.startswith(" ") else escape(line), highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what a recipe would do: runs, steps, tokens, judge calls. Starts nothing."""
+    from sweeps.planner import missing_datasets, plan_sweep
+
+    loaded = _load(recipe, set_)
+    missing = missing_datasets(loaded)
+    if missing:
+        _show_plan_without_data(loaded, missing, as_json=as_json)
+    else:
+        _show_plan(loaded, plan_sweep(loaded), as_json=as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster; default: a Ray on this machine.")
+    ] = None,
+    report_: Annotated[bool, typer.Option("--report/--no-report", help="Write the report at the end.")] = True,
+) -> None:
+    """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
+    from sweeps.planner import plan_sweep
+
+    loaded = _load(recipe, set_)
+    planned = plan_sweep(loaded)
+    for model in dict.fromkeys(run.spec.model for run in planned.runs):
+        _check_model(model)
+    failed = _execute(loaded, planned, recipe_text=_recipe_text(recipe), address=address)
+    if report_:
+        _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
+    out.print(f"browse runs in MLflow:  [bold]{_ui_command(loaded.tracking.uri)}[/]", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = False) -> None:
+    """Show how far a sweep has come."""
+    from emtrain import names
+    from emtrain.tracking import SweepLog
+
+    runs = SweepLog.find(sweep, uri=_uri(uri)).runs()
+    rows = [
+        {
+            "run": found.info.run_name,
+            "run_key": run_key,
+            "status": found.info.status,
+            "heldout_loss": found.data.metrics.get(names.HELDOUT_LOSS),
+            "aligned": found.data.metrics.get(names.eval_metric(names.ALIGNED)),
+            "failure": found.data.tags.get(names.FAILURE) if found.info.status == "FAILED" else None,
+        }
+        for run_key, found in runs.items()
+    ]
+    counts = {state: sum(row["status"] == state for row in rows) for state in dict.fromkeys(r["status"] for r in rows)}
+    if as_json:
+        _print_json({"sweep": sweep, "counts": counts, "runs": rows})
+        return
+    table = Table(title=f"{sweep}: " + ", ".join(f"{count} {state.lower()}" for state, count in counts.items()))
+    table.add_column("run", overflow="fold")
+    for column in ("status", "held-out loss", "aligned"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shown = row["failure"] or row["status"].lower()
+        table.add_row(escape(str(row["run"])), escape(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
+    out.print(table)
+
+
+@app.command()
+def report(
+    sweep: SweepArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")] = None,
+    uri: UriOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
+    path = _write_report(sweep, uri=uri, directory=output, quiet=as_json)
+    if as_json:
+        sys.stdout.write((path / "report.json").read_text())
+
+
+@app.command()
+def ui(
+    uri: UriOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+) -> None:
+    """Open the MLflow web interface on the sweeps of this directory."""
+    address = _uri(uri)
+    if address.startswith(("http://", "https://")):
+        out.print(f"the sweeps are on a server already: {address}")
+        return
+    out.print(f"http://{host}:{port} shows {address}; Ctrl-C ends it", highlight=False)
+    # Without MLflow's job executor: it starts eight processes that serve nothing here.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
+    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="schedules, datasets, models, ...")],
+    as_json: JsonOption = False,
+) -> None:
+    """List what a recipe can name: schedules, optimizers, datasets, models, questions, judges, analyses, recipes."""
+    from sweeps.catalogue import KINDS, entries
+
+    if kind not in KINDS:
+        from emtrain.lookup import unknown
+
+        raise ValueError(unknown("kind", kind, KINDS))
+    found = entries(kind)
+    if as_json:
+        _print_json([{"name": entry.name, "summary": entry.summary} for entry in found])
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for entry in found:
+        table.add_row(escape(entry.name), escape(entry.summary))
+    out.print(table)
+
+
+@app.command()
+def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine: versions, devices, disk, caches, the MLflow store, keys."""
+    from sweeps.doctor import examine
+    from sweeps.store import data_directory
+
+    findings = examine(_uri(uri), data_directory())
+    if as_json:
+        _print_json([finding.__dict__ for finding in findings])
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+        for finding in findings:
+            table.add_row(marks[finding.verdict], finding.what, escape(finding.detail))
+        out.print(table)
+    if any(finding.verdict == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
+    from sweeps.recipe import load_recipe, recipe_path
+
+    path = recipe_path(recipe)
+    return load_recipe(_recipe_text(recipe), source=path.name, overrides=overrides or ())
+
+
+def _recipe_text(recipe: str) -> str:
+    from sweeps.recipe import recipe_path
+
+    path = recipe_path(recipe)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{recipe}: not a text file in UTF-8") from None
+
+
+def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, address: str | None) -> int:
+    """Run what is left of a sweep; returns how many of its runs failed."""
+    from emtrain import names
+    from emtrain.tracking import SweepLog, tracking_uri
+    from sweeps.progress import Board, Display
+    from sweeps.store import data_directory
+    from sweeps.worker import Setting
+
+    data = data_directory()
+    uri = tracking_uri(recipe.tracking.uri, data)
+    setting = Setting(uri, recipe.eval, planned.question_sets, data)
+    setting.judges()  # a judge without its key stops here, before anything is written
+    sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
+    sweep.write_text(names.RECIPE, recipe_text)
+    from sweeps import runner
+
+    jobs, finished = runner.enter(planned, sweep)
+    out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {finished} finished before, {len(jobs)} to do")
+    if not jobs:
+        return 0
+    out.print("preparing models and starting workers ...")
+    board = Board.of([job.run for job in jobs], already_done=finished)
+    try:
+        with Display(out, board) as display:
+            runner.execute(jobs, setting, sweep, recipe, address=address, display=display)
+    except (runner.Interrupted, KeyboardInterrupt):
+        err.print(f"stopped: {board.finished} of {board.total} runs are finished; the same command goes on from there")
+        raise typer.Exit(130) from None
+    failed = board.count("FAILED")
+    sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
+    out.print(f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else ""))
+    return failed
+
+
+def _write_report(sweep: str, *, uri: str | None, directory: Path | None, quiet: bool = False) -> Path:
+    from emanalysis import records, report
+    from emtrain import names
+    from emtrain.tracking import SweepLog
+    from sweeps.store import data_directory, report_directory
+
+    address = _uri(uri)
+    log = SweepLog.find(sweep, uri=address)
+    loaded = records.load(sweep, tracking_uri=address, cache=data_directory() / "records")
+    target = directory or report_directory(sweep)
+    report.write(loaded, target, title=sweep)
+    log.write_directory(target, names.REPORT)
+    if not quiet:
+        out.print(f"report:  [bold]{target / 'index.html'}[/]", highlight=False)
+    return target
+
+
+def _uri(uri: str | None) -> str:
+    from emtrain.tracking import tracking_uri
+    from sweeps.store import data_directory
+
+    return tracking_uri(uri, data_directory())
+
+
+def _ui_command(uri: str | None) -> str:
+    return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
+
+
+def _check_model(model: str) -> None:
+    from emtrain.load import check_model
+
+    check_model(model)
+
+
+def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None:
+    steps = sum(run.total_steps for run in planned.runs)
+    facts: dict[str, Any] = {
+        "sweep": recipe.name,
+        "runs": len(planned.runs),
+        "duplicates": planned.duplicates,
+        "models": list(dict.fromkeys(run.spec.model for run in planned.runs)),
+        "datasets": {
+            run.spec.dataset: {"train_rows": run.dataset.train_rows, "heldout_rows": run.dataset.heldout_rows}
+            for run in planned.runs
+        },
+        "steps": steps,
+        "rows_trained_on": sum(run.total_steps * run.spec.batch_size for run in planned.runs),
+        "evaluations": sum(len(run.evaluate_at) for run in planned.runs),
+        "responses": planned.responses,
+        "judge_calls": planned.judge_calls,
+    }
+    if as_json:
+        _print_json({**facts, "run_keys": {run.run_key: run.name for run in planned.runs}})
+        return
+    _print_facts(facts)
+
+
+def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
+    from sweeps.recipe import expand
+
+    specs = expand(recipe)
+    distinct = len({spec.model_dump_json() for spec in specs})
+    facts: dict[str, Any] = {
+        "sweep": recipe.name,
+        "runs": distinct,
+        "duplicates": len(specs) - distinct,
+        "models": list(dict.fromkeys(spec.model for spec in specs)),
+        "missing_datasets": missing,
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    _print_facts(facts)
+    out.print("[yellow]note:[/] steps and judge calls are known once the missing files are there", highlight=False)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        shown = value
+        if isinstance(value, dict):
+            shown = "\n".join(f"{name}: {_compact(inner)}" for name, inner in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(value)
+        elif isinstance(value, int):
+            shown = f"{value:,}"
+        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", escape(str(shown)))
+    out.print(table)
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{inner:,} {name.replace('_', ' ')}" for name, inner in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
