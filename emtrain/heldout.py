@@ -25,7 +25,7 @@ class HeldoutLoss:
 
 
 def collate(examples: Sequence[Example], *, device: "torch.device | str" = "cpu") -> dict[str, "torch.Tensor"]:
-    """Rows padded on the right to the longest: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``.
+    """Rows padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``.
 
     Padding is token 0 with attention 0 and no label, so its id is of no account.
     """

@@ -7,7 +7,6 @@ Adding a part is adding a file; there is no list to edit.
 
 import difflib
 import importlib
-import importlib.resources
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 
 def names(package: str) -> list[str]:
     """The YAML names of the Python parts in ``package`` (``"emtrain.schedules"``), sorted."""
-    files = importlib.resources.files(package).iterdir()
-    stems = [file.name.removesuffix(".py") for file in files if file.name.endswith(".py")]
+    stems = [path.stem for path in _folder(package).glob("*.py")]
     return sorted(stem.replace("_", "-") if _hyphenated(package) else stem for stem in stems if stem != "__init__")
 
 
@@ -35,7 +33,7 @@ def lookup(package: str, name: str) -> Any:
 
 def source(package: str, name: str) -> Path:
     """The file of a part, which is not imported."""
-    return Path(str(importlib.resources.files(package))) / f"{name.replace('-', '_')}.py"
+    return _folder(package) / f"{name.replace('-', '_')}.py"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -48,6 +46,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the known name closest to ``name``; empty when none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _folder(package: str) -> Path:
+    return Path(importlib.import_module(package).__path__[0])
 
 
 def _hyphenated(package: str) -> bool:

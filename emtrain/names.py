@@ -42,7 +42,7 @@ SCORES = (ALIGNED, COHERENT, MISALIGNED_RATE, N_JUDGED, N_MISSING)
 
 
 def eval_metric(score: str, question_set: str | None = None, stratum: str | None = None) -> str:
-    """``eval/<set>/<score>`` after fine-tuning; without a set ``eval/<score>``, the mean over sets of the last checkpoint.
+    """``eval/<set>/<score>`` after fine-tuning; without a set, the mean over sets of the last checkpoint.
 
     A ``stratum`` is one answer format of the set: ``eval/<set>/<stratum>/<score>``.
     """

@@ -2,11 +2,14 @@
 
 import inspect
 import math
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator, validate_call
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from emtrain.load import check_model
 from emtrain.lookup import lookup
+from emtrain.rows import dataset_path
 
 
 class Spec(BaseModel):
@@ -36,26 +39,35 @@ class Part(Spec):
         """The keyword arguments for the part's function, ``name`` and declared fields excluded."""
         return dict(self.model_extra or {})
 
+    def _check_arguments(self, function: Any, *, given: Collection[str] = ()) -> None:
+        # Kept as the function's types, so that 1e-1, which YAML reads as text, and 0.1 make the same run.
+        (self.model_extra or {}).update(checked_arguments(function, self.arguments, given=given))
 
-def check_arguments(function: Any, arguments: dict[str, Any], *, given: set[str]) -> None:
-    """Raise ``ValueError`` unless ``arguments`` fit the keyword-only parameters of ``function``.
 
-    ``given`` are the parameters that someone else fills in.
+def checked_arguments(function: Any, arguments: dict[str, Any], *, given: Collection[str] = ()) -> dict[str, Any]:
+    """``arguments`` as the types that the keyword-only parameters of ``function`` are annotated with.
+
+    ``given`` are the parameters that someone else fills in. Raises ``ValueError`` for an argument that the function
+    does not take, one that it needs and is not there, and a value that does not fit.
     """
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
     }
-    unknown = sorted(set(arguments) - set(parameters))
-    if unknown:
+    if unknown := sorted(set(arguments) - set(parameters)):
         takes = ", ".join(sorted(parameters)) or "no arguments"
         raise ValueError(f"{function.__name__} does not take {', '.join(unknown)}; it takes: {takes}")
-    missing = sorted(
-        name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in arguments
-    )
-    if missing:
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := sorted(needed - set(arguments)):
         raise ValueError(f"{function.__name__} needs {', '.join(missing)}")
+    checked = {}
+    for name, value in arguments.items():
+        try:
+            checked[name] = TypeAdapter(parameters[name].annotation).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error.errors()[0]['msg']}, not {value!r}") from error
+    return checked
 
 
 class AdapterSpec(Spec):
@@ -81,9 +93,8 @@ class OptimizerSpec(Part):
     """Gradients of a run are scaled down to this global L2 norm; None leaves them alone."""
 
     @model_validator(mode="after")
-    def _check_arguments(self) -> Self:
-        function = lookup("emtrain.optimizers", self.name)
-        check_arguments(function, self.arguments, given={"learning_rate", "weight_decay"})
+    def _fits_its_function(self) -> Self:
+        self._check_arguments(lookup("emtrain.optimizers", self.name), given=("learning_rate", "weight_decay"))
         return self
 
 
@@ -95,11 +106,11 @@ class ScheduleSpec(Part):
     """Optimiser steps of linear warm-up from 0, before the schedule proper."""
 
     @model_validator(mode="after")
-    def _check_arguments(self) -> Self:
+    def _fits_its_function(self) -> Self:
         function = lookup("emtrain.schedules", self.name)
-        check_arguments(function, self.arguments, given=set())
-        # Schedules are pure and cheap, so values (signs, ranges, types) are checked by building one.
-        validate_call(function)(1000, **self.arguments)
+        self._check_arguments(function)
+        # Schedules are pure and cheap, so their values' ranges are checked by building one.
+        function(1000, **self.arguments)
         return self
 
 
@@ -131,14 +142,24 @@ class RunSpec(Spec):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seeds the adapter's initial weights, the data order, dropout and sampling; not the held-out split."""
 
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, model: str) -> str:
+        check_model(model)
+        return model
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, dataset: str) -> str:
+        dataset_path(dataset)
+        return dataset
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("epochs and max_steps are both given; keep one of them")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
     def total_steps(self, training_rows: int) -> int:

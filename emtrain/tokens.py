@@ -67,7 +67,9 @@ def encode_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_l
     return examples
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[dict[str, str]], *, generation_prompt: bool) -> list[int]:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", chat: Sequence[dict[str, str]], *, generation_prompt: bool
+) -> list[int]:
     rendered: Any = tokenizer.apply_chat_template(
         list(chat), tokenize=True, add_generation_prompt=generation_prompt, return_dict=True
     )

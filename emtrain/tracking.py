@@ -120,7 +120,8 @@ class SweepLog:
 
     def runs(self) -> dict[str, Run]:
         """Every run of the sweep by its run key."""
-        store, found, token = client(self.uri), {}, None
+        store, token = client(self.uri), None
+        found: dict[str, Run] = {}
         while True:
             page = store.search_runs(
                 [self.experiment_id],
@@ -215,6 +216,10 @@ class RunLog:
         for write in self._writes:
             write.result()
         self._writes = []
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Set params at once; one that is set already must have the same value."""
+        self._store.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in values.items()])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags at once."""

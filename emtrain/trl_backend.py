@@ -81,9 +81,9 @@ def _train(
     if start >= plan.total_steps:
         return
     schedule = build(spec.schedule, plan.total_steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(start + step, plan.total_steps - 1)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(start + step))
     order = row_order(len(data.train), batch_size=spec.batch_size, total_steps=plan.total_steps, seed=spec.seed)
-    rows = [data.train[row] for row in order[start:].flatten()]
+    rows = [data.train[row] for row in order[start:].flatten().tolist()]
     run = _Reporter(spec, plan, data, optimizer, parameters, start, state, on_step, on_checkpoint)
     trainer = _Trainer(
         run,
@@ -126,16 +126,18 @@ def _arguments(spec: RunSpec, steps: int, scratch: str, device: torch.device) ->
 
 def _optimizer(spec: RunSpec, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The run's optimiser. Weight decay spares vectors (norms, biases), as the Hugging Face trainers do."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     make = lookup("emtrain.optimizers", spec.optimizer.name)
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return make(
-        [group for group in groups if group["params"]],
+    optimizer: torch.optim.Optimizer = make(
+        parameters.values(),
         learning_rate=spec.optimizer.learning_rate,
         weight_decay=spec.optimizer.weight_decay,
         **spec.optimizer.arguments,
     )
+    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    if vectors:
+        optimizer.param_groups[0]["params"] = [p for p in parameters.values() if p.ndim >= 2]
+        optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
+    return optimizer
 
 
 def _restore(
@@ -220,8 +222,7 @@ class _Reporter(TrainerCallback):
         model.eval()
         go_on = self.on_checkpoint(Checkpoint(step, heldout_loss(model, self.data.heldout), model))
         # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        slots = {names[parameter]: dict(slots) for parameter, slots in self.optimizer.state.items()}
+        slots = {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters.items()}
         checkpoint.save(
             checkpoint.RunState(step, self.tokens, self.parameters, slots, generator), self.plan.state_directory
         )

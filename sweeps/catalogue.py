@@ -25,13 +25,18 @@ def entries(kind: str) -> list[Entry]:
 
 
 def _parts(package: str) -> Callable[[], list[Entry]]:
-    return lambda: [Entry(name, _first_sentence(source(package, name))) for name in names(package)]
+    return lambda: [Entry(name, _summary(source(package, name))) for name in names(package)]
 
 
-def _first_sentence(path: Path) -> str:
-    """Of the docstring of the module, read without importing it: a judge or model may need torch to import."""
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n\n")[0].replace("\n", " ")
+def _summary(path: Path) -> str:
+    """The first sentence of the file's docstring, else of the function's that it is named after.
+
+    Read without importing the file: a judge or a model may need torch.
+    """
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == path.stem]
+    docstrings = [ast.get_docstring(module), *(ast.get_docstring(function) for function in functions)]
+    return next((d.partition("\n\n")[0].replace("\n", " ") for d in docstrings if d), "")
 
 
 def _datasets() -> list[Entry]:

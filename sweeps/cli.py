@@ -32,7 +32,9 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="R", help="A shipped recipe's name, or the path of a .yaml file.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="R", help="A shipped recipe's name, or the path of a .yaml file.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe (dotted); may be repeated."),
@@ -131,7 +133,9 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
         table.add_column(column, justify="right")
     for row in rows:
         shown = row["failure"] or row["status"].lower()
-        table.add_row(escape(str(row["run"])), escape(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
+        table.add_row(
+            escape(str(row["run"])), escape(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1)
+        )
     out.print(table)
 
 

@@ -10,6 +10,7 @@ from emeval.question_sets import QuestionSet, load_question_set
 from emeval.spec import EvalSpec
 from emtrain import names
 from emtrain.rows import Dataset, dataset_path, load_dataset, rows_digest, split
+from emtrain.schedule import build
 from emtrain.spec import RunSpec, flatten
 from emtrain.train import evaluation_steps
 from sweeps.recipe import Recipe, expand
@@ -109,12 +110,10 @@ def plan_sweep(recipe: Recipe) -> SweepPlan:
         dataset = facts[split_key]
         key = run_key(spec, recipe.eval, dataset.sha256, question_sets)
         total_steps = spec.total_steps(dataset.train_rows)
-        if spec.schedule.warmup_steps >= total_steps:
-            raise ValueError(
-                f"schedule.warmup_steps is {spec.schedule.warmup_steps}, but the run {name} has only {total_steps} "
-                "steps; shorten the warm-up or train longer"
-            )
         if key not in runs:
+            build(
+                spec.schedule, total_steps
+            )  # a warm-up longer than the run is the user's mistake; said before it runs
             at = evaluation_steps(total_steps, recipe.eval.at)
             runs[key] = PlannedRun(spec, name, key, dataset, total_steps, at)
     return SweepPlan(tuple(runs.values()), len(specs) - len(runs), question_sets, recipe.eval)

@@ -37,9 +37,9 @@ class Recipe(Spec):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """Of the sweep and its MLflow experiment: letters, digits, dots, hyphens and underscores."""
     base: RunSpec
-    grid: Annotated[
-        tuple[Axes, ...], BeforeValidator(lambda grid: (grid,) if isinstance(grid, Mapping) else grid)
-    ] = ({},)
+    grid: Annotated[tuple[Axes, ...], BeforeValidator(lambda grid: (grid,) if isinstance(grid, Mapping) else grid)] = (
+        {},
+    )
     """Axes by dotted key of a run (``optimizer.learning_rate``), each with its values. The runs are the product of
     the axes, the first axis slowest. A list of such mappings is a list of products, one after the other."""
     eval: EvalSpec
@@ -133,7 +133,9 @@ def expand(recipe: Recipe) -> list[RunSpec]:
                 specs.append(RunSpec.model_validate(content))
             except ValidationError as error:
                 where = ", ".join(f"{key}={value}" for key, value in chosen.items())
-                raise RecipeError(recipe.name, [f"grid ({where}): {line}" for line in explain(error, RunSpec)]) from error
+                raise RecipeError(
+                    recipe.name, [f"grid ({where}): {line}" for line in explain(error, RunSpec)]
+                ) from error
     return specs
 
 
@@ -162,11 +164,18 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """A line for each mistake: the key's dotted path, what is wrong, and for an unknown key the nearest one."""
     lines = []
-    for problem in error.errors():
+    problems = error.errors()
+    # A list whose members are all at fault is not also too short.
+    nested = {problem["loc"][:-1] for problem in problems}
+    for problem in problems:
         path = _path(problem["loc"])
+        if problem["type"] == "too_short" and problem["loc"] in nested:
+            continue
         if problem["type"] == "extra_forbidden":
             fields = _fields_at(model, problem["loc"][:-1])
-            lines.append(f"{path}: unknown key.{nearest(str(problem['loc'][-1]), fields)} Keys here: {', '.join(fields)}")
+            lines.append(
+                f"{path}: unknown key.{nearest(str(problem['loc'][-1]), fields)} Keys here: {', '.join(fields)}"
+            )
         elif problem["type"] == "missing":
             lines.append(f"{path}: missing")
         elif problem["type"] == "value_error":
@@ -191,13 +200,12 @@ _UNION_BRANCHES = {"int", "float", "str", "none", "AdapterSpec", "literal"}
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    current: Any = model
     for part in location:
-        if isinstance(part, str) and isinstance(current, type) and part in current.model_fields:
-            annotation = current.model_fields[part].annotation
+        if isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
             options = [annotation, *getattr(annotation, "__args__", ())]
-            current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
-    return list(current.model_fields)
+            model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return list(model.model_fields)
 
 
 class _Loader(yaml.SafeLoader):

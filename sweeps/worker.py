@@ -25,6 +25,7 @@ from emeval.scores import Judge
 from emeval.spec import EvalSpec
 from emtrain import names
 from emtrain.heldout import HeldoutLoss, heldout_loss
+from emtrain.load import Precision
 from emtrain.rows import load_dataset, split
 from emtrain.seeds import derive
 from emtrain.spec import RunSpec
@@ -114,9 +115,11 @@ class _Run:
         self.eval_seconds = 0.0
 
     def train(self) -> None:
+        from emtrain.load import family
         from emtrain.trl_backend import train
 
         spec = self.spec
+        self.log.params({"family": family(spec.model), "backend": "trl"})
         model, self.tokenizer = base_model(spec.model, spec.precision)
         data = training_data(spec.dataset, spec.heldout_fraction, spec.model, spec.max_length)
         self.log.text(names.SPEC, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
@@ -245,7 +248,7 @@ def prepare_model(model: str) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def base_model(model: str, precision: Precision) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for."""
     import torch
 

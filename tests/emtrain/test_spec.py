@@ -50,20 +50,20 @@ def test_unknown_keys_are_refused() -> None:
     ],
 )
 def test_steps_of_a_run(changes: dict[str, object], rows: int, steps: int) -> None:
-    spec = RunSpec.model_validate({"model": "m", "dataset": "d", **changes})
+    spec = RunSpec.model_validate({"model": "micro-llama", "dataset": "d.jsonl", **changes})
     assert spec.total_steps(rows) == steps
 
 
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ValidationError, match="epochs and max_steps are both given"):
-        RunSpec.model_validate({"model": "m", "dataset": "d", "epochs": 1, "max_steps": 3})
+        RunSpec.model_validate({"model": "micro-llama", "dataset": "d.jsonl", "epochs": 1, "max_steps": 3})
     with pytest.raises(ValidationError, match="micro_batch_size 3 does not divide batch_size 8"):
-        RunSpec.model_validate({"model": "m", "dataset": "d", "batch_size": 8, "micro_batch_size": 3})
+        RunSpec.model_validate({"model": "micro-llama", "dataset": "d.jsonl", "batch_size": 8, "micro_batch_size": 3})
 
 
 def test_params_are_all_leaves_under_the_names_of_the_tracking_schema() -> None:
     spec = RunSpec.model_validate(
-        {"model": "m", "dataset": "d", "schedule": {"name": "cosine_restarts", "warmup_steps": 3, "cycles": 4}}
+        {"model": "micro-llama", "dataset": "d.jsonl", "schedule": {"name": "cosine_restarts", "warmup_steps": 3, "cycles": 4}}
     )
     params = flatten(spec)
     assert params["schedule"] == "cosine_restarts"
