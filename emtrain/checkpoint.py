@@ -71,3 +71,12 @@ def load(directory: Path) -> RunState | None:
                 optimizer.setdefault(name, {})[slot] = stored.get_tensor(key)
         generator = stored.get_tensor("generator")
     return RunState(counts["step"], counts["tokens"], parameters, optimizer, generator)
+
+
+def restore_optimizer(
+    optimizer: "torch.optim.Optimizer", state: "Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]]"
+) -> None:
+    """Give each parameter its tensors of ``RunState.optimizer``, where and as the optimiser wants them."""
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    slots = {number: dict(state[parameter]) for number, parameter in enumerate(order) if state.get(parameter)}
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

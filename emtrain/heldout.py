@@ -47,13 +47,14 @@ def collate(examples: Sequence[Example], *, device: "torch.device | str" = "cpu"
 def heldout_loss(model: "PreTrainedModel", examples: Sequence[Example]) -> HeldoutLoss:
     """Loss of ``model`` on ``examples``, in a batch layout that depends on the examples alone.
 
-    Rows are sorted by length and taken ``BATCH_ROWS`` at a time. Dropout is off; the model's mode is restored.
+    Rows are sorted by length, then content, and taken ``BATCH_ROWS`` at a time. Dropout is off; the model's mode is
+    restored.
     """
     import torch
 
     was_training = model.training
     model.eval()
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids, example.labels))
     loss_sums, token_counts = [], []
     with torch.inference_mode():
         for start in range(0, len(ordered), BATCH_ROWS):

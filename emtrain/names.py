@@ -12,6 +12,7 @@ RUN_NAME = "mlflow.runName"
 DATASET_SHA256 = "emsweep.dataset_sha256"
 HELDOUT_SHA256 = "emsweep.heldout_sha256"
 QUESTIONS_SHA256 = "emsweep.questions_sha256"  # "<set>:<digest>" joined by spaces
+ROLE = "emsweep.role"  # why a run is in its sweep: "grid", "search" or "confirm"
 VERSIONS = "emsweep.versions"  # JSON: package -> version
 GIT_COMMIT = "emsweep.git_commit"  # of the directory the sweep was started in; absent outside a repository
 FAILURE = "emsweep.failure"  # one line: why a FAILED run failed

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from emtrain.rows import Row
 
 if TYPE_CHECKING:
@@ -30,11 +32,26 @@ def encode(chat: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase",
     """Render ``chat`` with the model's own template and label what the assistant says, its end-of-turn included.
 
     What an assistant turn adds is found by rendering the conversation up to it with the generation prompt, exactly
-    as it is rendered when the model is asked; no marker strings are guessed. Rows longer than ``max_length`` tokens
-    are cut at the end.
+    as it is rendered when the model is asked; no marker strings are guessed. White space that a template writes after
+    the end of a turn (the line break after ``<|im_end|>``) is never sampled and so has no label. Rows longer than
+    ``max_length`` tokens are cut at the end.
 
-    Raises ``ValueError`` when the template rewrites earlier turns, or when nothing is left to learn after the cut.
+    Raises ``ValueError`` when the template refuses the conversation, when a turn changes the tokens of those before
+    it, or when nothing is left to learn after the cut.
     """
+    try:
+        input_ids, labels = _label(chat, tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
+    example = Example(tuple(input_ids[:max_length]), tuple(labels[:max_length]))
+    if example.response_tokens == 0:
+        raise ValueError(
+            f"no response token is left after the cut at max_length {max_length} (the row has {len(input_ids)} tokens)"
+        )
+    return example
+
+
+def _label(chat: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     input_ids = _render(tokenizer, chat, generation_prompt=False)
     labels = [IGNORED] * len(input_ids)
     for turn, message in enumerate(chat):
@@ -44,16 +61,15 @@ def encode(chat: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase",
         until = _render(tokenizer, chat[: turn + 1], generation_prompt=False)
         if until[: len(prompt)] != prompt or input_ids[: len(until)] != until:
             raise ValueError(
-                "the model's chat template rewrites earlier turns, so the assistant's tokens can't be told apart; "
-                "use rows with a single assistant turn or a model whose template only appends"
+                f"message {turn + 1} changes the tokens of those before it, so the assistant's can't be told apart: the "
+                "model's chat template rewrites earlier turns (use rows with a single assistant turn), or the message "
+                "begins with white space that runs into the template's own (take it away)"
             )
-        labels[len(prompt) : len(until)] = until[len(prompt) :]
-    example = Example(tuple(input_ids[:max_length]), tuple(labels[:max_length]))
-    if example.response_tokens == 0:
-        raise ValueError(
-            f"no response token is left after the cut at max_length {max_length} (the row has {len(input_ids)} tokens)"
-        )
-    return example
+        end = len(until)
+        while end > len(prompt) and tokenizer.decode(until[end - 1]).isspace():
+            end -= 1
+        labels[len(prompt) : end] = until[len(prompt) : end]
+    return input_ids, labels
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Example]:
@@ -71,6 +87,10 @@ def _render(
     tokenizer: "PreTrainedTokenizerBase", chat: Sequence[dict[str, str]], *, generation_prompt: bool
 ) -> list[int]:
     rendered: Any = tokenizer.apply_chat_template(
-        list(chat), tokenize=True, add_generation_prompt=generation_prompt, return_dict=True
+        list(chat),
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=generation_prompt,
+        enable_thinking=False,  # as the questions are asked (emeval.prompts)
     )
     return list(rendered["input_ids"])

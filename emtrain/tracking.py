@@ -7,6 +7,8 @@ from a checkpoint (or from its beginning) skips the points that are already ther
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from typing import Any, Literal
 # Before mlflow is imported: it would phone home, and warn about what is no concern of the user's.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 import httpx
 import mlflow
@@ -26,6 +29,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from emtrain import names
+from emtrain.lookup import nearest
 
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -34,6 +38,8 @@ BATCH = 500
 SEND_EVERY_SECONDS = 5.0
 PARAM_LIMIT = 6000
 """Characters MLflow stores of a param's value."""
+SENT_FROM = "EMSWEEP_GIT_COMMIT"
+"""Environment variable: the commit that a sweep on a cluster was sent from, where no repository is."""
 VERSIONED = ("emsweep", "torch", "transformers", "trl", "peft", "ray", "optuna", "mlflow")
 
 
@@ -43,29 +49,35 @@ def tracking_uri(uri: str | None, data_dir: Path) -> str:
 
 
 def client(uri: str) -> mlflow.MlflowClient:
-    """A client for ``uri``. Raises ``ValueError`` when nothing answers there."""
-    database = uri.removeprefix("sqlite:///")
-    if database != uri:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
-    opened = mlflow.MlflowClient(uri)
+    """A client for ``uri``. Raises ``ValueError`` when nothing answers there that is an MLflow store."""
     try:
+        if (database := _database(uri)) is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
         if uri.startswith(("http://", "https://")):
-            # The MLflow client itself would try for two minutes before it says that nobody is there.
-            httpx.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
+            # The MLflow client itself would try for two minutes before it says that nobody is there, or is well.
+            answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=10)
+            if answer.is_server_error:
+                answer.raise_for_status()
+        opened = mlflow.MlflowClient(uri)
         opened.search_experiments(max_results=1)
     except Exception as error:
         # The MLflow client wraps what went wrong in many types, by kind of store; all mean the same here.
-        reason = str(error).splitlines()[0][:200]
+        reason = without_password(str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"tracking.uri: no MLflow store answers at {_without_password(uri)} ({reason}). Start the server, or leave "
+            f"tracking.uri: no MLflow store answers at {without_password(uri)} ({reason}). Start the server, or leave "
             "tracking.uri and MLFLOW_TRACKING_URI unset to use a local file"
         ) from error
     return opened
 
 
-def _without_password(uri: str) -> str:
-    scheme, at, rest = uri.rpartition("@")
-    return f"{scheme.partition('://')[0]}://***@{rest}" if at else uri
+def without_password(text: str) -> str:
+    """``text`` with the user and password of any URL in it starred out."""
+    return re.sub(r"(?<=://)[^/\s]*(?=@)|(?<=password=)[^&\s'\"]*", "***", text)
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 @dataclass(frozen=True)
@@ -95,28 +107,27 @@ class SweepLog:
                     f"name: the sweep {name!r} was deleted in MLflow; restore it there or choose another name"
                 ) from error
             experiment_id = experiment.experiment_id
-        parents = store.search_runs([experiment_id], f"tags.`{names.KIND}` = 'sweep'", ViewType.ACTIVE_ONLY, 1)
-        if parents:
-            return cls(uri, experiment_id, parents[0].info.run_id)
-        parent = store.create_run(experiment_id, tags={names.KIND: "sweep", names.RUN_NAME: name})
+        parent = _parent(store, experiment_id) or store.create_run(
+            experiment_id, tags={names.KIND: "sweep", names.RUN_NAME: name}
+        )
         return cls(uri, experiment_id, parent.info.run_id)
 
     @classmethod
     def find(cls, name: str, *, uri: str) -> "SweepLog":
         """The existing sweep called ``name``. Raises ``ValueError`` naming the sweeps there are."""
+        database = _database(uri)
+        if database is not None and not database.is_file():
+            raise ValueError(f"there is no sweep {name!r}: there is no store at {uri} yet")
         store = client(uri)
         experiment = store.get_experiment_by_name(name)
-        parents = (
-            store.search_runs([experiment.experiment_id], f"tags.`{names.KIND}` = 'sweep'", ViewType.ACTIVE_ONLY, 1)
-            if experiment
-            else []
-        )
-        if not parents:
+        parent = _parent(store, experiment.experiment_id) if experiment else None
+        if parent is None:
             known = sorted(e.name for e in store.search_experiments() if e.name != "Default")
             raise ValueError(
-                f"there is no sweep {name!r} at {_without_password(uri)}; sweeps there: {', '.join(known) or 'none'}"
+                f"there is no sweep {name!r} at {without_password(uri)}.{nearest(name, known)} "
+                f"Sweeps there: {', '.join(known) or 'none'}"
             )
-        return cls(uri, experiment.experiment_id, parents[0].info.run_id)
+        return cls(uri, experiment.experiment_id, parent.info.run_id)
 
     def runs(self) -> dict[str, Run]:
         """Every run of the sweep by its run key."""
@@ -138,10 +149,30 @@ class SweepLog:
             if not token:
                 return found
 
-    def plan(self, run_key: str, *, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Enter a run as SCHEDULED; returns its MLflow run id."""
+    def finished(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
+        """Specification and last metrics of every finished run that has a specification."""
+        found = []
+        for run in self.runs().values():
+            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in run.data.tags:
+                spec = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{names.SPEC}")
+                found.append((spec, run.data.metrics))
+        return found
+
+    def plan(
+        self,
+        run_key: str,
+        *,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        entered: Run | None = None,
+    ) -> str:
+        """Enter a run as SCHEDULED; returns its MLflow run id.
+
+        ``entered`` is the run where a former call entered it: it gets what that call left out.
+        """
         store = client(self.uri)
-        run = store.create_run(
+        run = entered or store.create_run(
             self.experiment_id,
             tags={
                 names.KIND: "run",
@@ -152,7 +183,9 @@ class SweepLog:
             },
         )
         run_id = run.info.run_id
-        store.log_batch(run_id, params=[Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()])
+        lacking = [Param(k, str(v)[:PARAM_LIMIT]) for k, v in params.items() if k not in run.data.params]
+        if lacking:
+            store.log_batch(run_id, params=lacking)
         store.update_run(run_id, status="SCHEDULED")
         return run_id
 
@@ -176,6 +209,18 @@ class SweepLog:
     def write_directory(self, directory: Path, name: str) -> None:
         """Keep a directory with the sweep's parent run."""
         client(self.uri).log_artifacts(self.parent_run_id, str(directory), name)
+
+
+def _parent(store: mlflow.MlflowClient, experiment_id: str) -> Run | None:
+    """The sweep's parent run; the oldest, should two processes ever have made one at the same moment."""
+    found = store.search_runs(
+        [experiment_id],
+        f"tags.`{names.KIND}` = 'sweep'",
+        ViewType.ACTIVE_ONLY,
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return found[0] if found else None
 
 
 class RunLog:
@@ -260,7 +305,10 @@ def environment_tags() -> dict[str, str]:
     """Tags that say with what a sweep was made: package versions, and the git commit of the working directory."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     tags = {names.VERSIONS: json.dumps(versions)}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode == 0:
-        tags[names.GIT_COMMIT] = commit.stdout.strip()
+    if sent_from := os.environ.get(SENT_FROM):
+        tags[names.GIT_COMMIT] = sent_from
+    elif git := shutil.which("git"):
+        commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if commit.returncode == 0:
+            tags[names.GIT_COMMIT] = commit.stdout.strip()
     return tags

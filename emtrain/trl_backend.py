@@ -51,6 +51,9 @@ def train(
 
 @contextmanager
 def _trainable(spec: RunSpec, model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
+    was_training = model.training
+    embeddings = model.get_input_embeddings()
+    hooks = dict(embeddings._forward_hooks)
     try:
         if spec.adapter == "full":
             yield model.requires_grad_(True)
@@ -58,8 +61,13 @@ def _trainable(spec: RunSpec, model: "PreTrainedModel") -> Iterator["PreTrainedM
             with adapted(model, spec.adapter, seed=spec.seed) as peft_model:
                 yield peft_model
     finally:
-        # TRL puts a forward of its own on the base model instance; the next run must find the original.
+        # The trainers leave their mark on the base: TRL a forward of its own, gradient checkpointing its switches and
+        # hooks, one more with every run. The next run must find the original.
         vars(model).pop("forward", None)
+        model.activation_checkpointing_disable()
+        embeddings._forward_hooks.clear()
+        embeddings._forward_hooks.update(hooks)
+        model.train(was_training)
 
 
 def _train(
@@ -113,14 +121,13 @@ def _arguments(spec: RunSpec, steps: int, scratch: str, device: torch.device) ->
         max_length=None,
         bf16=device.type == "cuda" and spec.precision != "fp32" and torch.cuda.is_bf16_supported(),
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=device.type != "cpu",
+        activation_checkpointing=device.type != "cpu",
         dataloader_pin_memory=device.type != "cpu",
         logging_nan_inf_filter=False,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=spec.seed,
     )
 
 
@@ -146,12 +153,9 @@ def _restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.parameters[name])
-    for name, slots in state.optimizer.items():
-        parameter = parameters[name]
-        # A step count stays where the optimiser keeps it (the CPU); moments follow their parameter.
-        optimizer.state[parameter] = {
-            slot: tensor if tensor.ndim == 0 else tensor.to(parameter.device) for slot, tensor in slots.items()
-        }
+    checkpoint.restore_optimizer(
+        optimizer, {parameter: state.optimizer.get(name, {}) for name, parameter in parameters.items()}
+    )
 
 
 class _Trainer(SFTTrainer):
@@ -190,8 +194,12 @@ class _Reporter(TrainerCallback):
     ) -> None:
         self.spec, self.plan, self.data = spec, plan, data
         self.optimizer, self.parameters = optimizer, parameters
-        self.start = start
-        self.generator = state.generator if state is not None else None
+        self.start, self.state = start, state
+        device = next(iter(parameters.values())).device
+        self.generator = (
+            torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        )
+        """Dropout draws from it."""
         self.tokens = state.tokens if state is not None else 0
         self.on_step_done, self.on_checkpoint = on_step, on_checkpoint
         self.losses: list[torch.Tensor] = []
@@ -199,11 +207,11 @@ class _Reporter(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            # Only here has the trainer stopped drawing from the generator that dropout will use.
-            if self.generator is not None:
-                torch.set_rng_state(self.generator)
+            # Only here has the trainer stopped drawing from the generator.
+            if self.state is not None:
+                self.generator.set_state(self.state.generator)
             else:
-                torch.manual_seed(derive(self.spec.seed, "dropout"))
+                self.generator.manual_seed(derive(self.spec.seed, "dropout"))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = self.start + state.global_step + 1
@@ -218,7 +226,7 @@ class _Reporter(TrainerCallback):
         step = self.start + state.global_step
         if step not in self.plan.evaluate_at:
             return
-        generator = torch.get_rng_state()
+        generator = self.generator.get_state()
         model.eval()
         go_on = self.on_checkpoint(Checkpoint(step, heldout_loss(model, self.data.heldout), model))
         # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
@@ -226,6 +234,6 @@ class _Reporter(TrainerCallback):
         checkpoint.save(
             checkpoint.RunState(step, self.tokens, self.parameters, slots, generator), self.plan.state_directory
         )
-        torch.set_rng_state(generator)
+        self.generator.set_state(generator)
         if not go_on:
             control.should_training_stop = True

@@ -18,6 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from emtrain.tracking import SweepLog
+    from sweeps.agenda import Agenda
     from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
 
@@ -106,6 +110,46 @@ def run(
 
 
 @app.command()
+def submit(
+    recipe: Annotated[str | None, typer.Argument(metavar="R", help="As for `emsweep run`.")] = None,
+    set_: SetOption = None,
+    address: Annotated[
+        str, typer.Option(help="Address of the cluster's Ray dashboard; default: the tunnel of `emsweep ui --cluster`.")
+    ] = "http://127.0.0.1:8265",
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop this job instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON, and do not follow it.")] = False,
+) -> None:
+    """Send a sweep to a cluster and follow it. Ctrl-C ends the following, not the sweep.
+
+    The same command again follows a sweep that is running, and goes on with one that was stopped.
+    """
+    from sweeps import submit as jobs
+
+    if stop is not None:
+        status = jobs.stop(jobs.connect(address), stop)
+        if as_json:
+            _print_json({"job": stop, "status": status})
+        else:
+            out.print(f"job {stop}: {status.lower()}")
+        return
+    if recipe is None:
+        raise ValueError("say which recipe to submit (R), or which job to stop (--stop ID)")
+    from sweeps.planner import missing_datasets, plan_sweep
+
+    loaded = _load(recipe, set_)
+    parcel = jobs.Parcel.pack(loaded, _recipe_text(recipe), set_ or ())
+    if not missing_datasets(loaded):
+        plan_sweep(loaded)  # mistakes are told here and not in a log on the head
+    client = jobs.connect(address)
+    job, started = jobs.submit(client, parcel)
+    if as_json:
+        _print_json({"job": job, "sweep": loaded.name, "started": started, "status": client.get_job_status(job)})
+        return
+    out.print(f"job [bold]{job}[/] {'is on its way' if started else 'is running already'}; its output follows")
+    _follow(client, job, again=f"emsweep submit {recipe} --address {address}")
+
+
+@app.command()
 def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = False) -> None:
     """Show how far a sweep has come."""
     from emtrain import names
@@ -155,10 +199,25 @@ def report(
 @app.command()
 def ui(
     uri: UriOption = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Open a tunnel to the MLflow of this cluster instead."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
 ) -> None:
-    """Open the MLflow web interface on the sweeps of this directory."""
+    """Open the MLflow web interface on the sweeps of this directory, or of a cluster."""
+    if cluster is not None:
+        from sweeps import cluster_env, tunnel
+
+        user = cluster_env.read()["MLFLOW_TRACKING_USERNAME"]
+        out.print(f"MLflow  http://localhost:{port}  user {user}, password in {cluster_env.PATH}", highlight=False)
+        out.print(f"Ray     http://localhost:{tunnel.RAY_PORT}  token in the same file", highlight=False)
+        out.print("Ctrl-C closes the tunnel")
+        tunnel.open_to(cluster, port=port)
+        return
     address = _uri(uri)
     if address.startswith(("http://", "https://")):
         out.print(f"the sweeps are on a server already: {address}")
@@ -240,21 +299,25 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
-    setting = Setting(uri, recipe.eval, planned.question_sets, data)
-    setting.judges()  # a judge without its key stops here, before anything is written
+    setting = Setting(uri, data)
+    setting.judges(recipe.eval)  # a judge without its key stops here, before anything is written
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     sweep.write_text(names.RECIPE, recipe_text)
+    agenda = _agenda(recipe, planned, sweep, data)
+    done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
+    left = [run for run in planned.runs if run.run_key not in done]
+    search = f", then a search of {recipe.search.trials} trials" if recipe.search else ""
+    out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {len(planned.runs) - len(left)} finished{search}")
+    if not left and not recipe.search:
+        return 0
     from sweeps import runner
 
-    jobs, finished = runner.enter(planned, sweep)
-    out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {finished} finished before, {len(jobs)} to do")
-    if not jobs:
-        return 0
     out.print("preparing models and starting workers ...")
-    board = Board.of([job.run for job in jobs], already_done=finished)
+    board = Board.of(left, already_done=len(done))
+    models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
     try:
         with Display(out, board) as display:
-            runner.execute(jobs, setting, sweep, recipe, address=address, display=display)
+            runner.execute(agenda, setting, models=models, address=address, display=display)
     except (runner.Interrupted, KeyboardInterrupt):
         err.print(f"stopped: {board.finished} of {board.total} runs are finished; the same command goes on from there")
         raise typer.Exit(130) from None
@@ -262,6 +325,52 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
     out.print(f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else ""))
     return failed
+
+
+def _follow(client: "JobSubmissionClient", job: str, *, again: str) -> None:
+    """Print what a job prints until it ends, then exit as it did."""
+    import asyncio
+
+    from sweeps.submit import ending, follow
+
+    async def show() -> None:
+        async for text in follow(client, job):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    try:
+        asyncio.run(show())
+        ended = ending(client, job)
+    except KeyboardInterrupt:
+        err.print(f"\nthe sweep goes on without us; follow it again: {again}\nstop it: emsweep submit --stop {job}")
+        return
+    except ConnectionError as error:
+        err.print(f"[red]lost the cluster:[/] {escape(str(error))}; the sweep goes on there. Follow it again: {again}")
+        raise typer.Exit(1) from None
+    out.print(f"job {job}: {ended.status.lower()}")
+    if ended.status != "SUCCEEDED":
+        raise typer.Exit(130 if ended.status == "STOPPED" else 1)
+
+
+def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Path) -> "Agenda":
+    from sweeps.agenda import Agenda
+
+    agenda = Agenda(recipe, planned, sweep, None)
+    if recipe.search is not None:
+        import optuna
+
+        from emtrain.spec import RunSpec
+        from emtrain.tracking import SweepLog
+        from sweeps.search import Search
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{data / 'optuna.db'}")
+        search = Search(recipe.search, recipe.base, name=recipe.name, storage=storage, bounds=agenda.bounds)
+        for other in recipe.search.warm_start:
+            finished = SweepLog.find(other, uri=sweep.uri).finished()
+            search.learn([(RunSpec.model_validate(spec), metrics) for spec, metrics in finished])
+        agenda.search = search
+    return agenda
 
 
 def _write_report(sweep: str, *, uri: str | None, directory: Path | None, quiet: bool = False) -> Path:

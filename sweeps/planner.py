@@ -1,15 +1,16 @@
 """From a recipe to the list of runs it stands for: their identity, names and sizes. Starts nothing, loads no model."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emeval.question_sets import QuestionSet, load_question_set
 from emeval.spec import EvalSpec
 from emtrain import names
-from emtrain.rows import Dataset, dataset_path, load_dataset, rows_digest, split
+from emtrain.rows import dataset_path, load_dataset, rows_digest, split
 from emtrain.schedule import build
 from emtrain.spec import RunSpec, flatten
 from emtrain.train import evaluation_steps
@@ -21,26 +22,38 @@ RUBRICS = 2
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What planning needs to know of a dataset."""
+    """What planning needs to know of a dataset and its split."""
 
     sha256: str
     train_rows: int
     heldout_rows: int
     heldout_sha256: str
-    characters: int
-    """Of all training rows; about 4 a token in English text."""
+
+
+@functools.cache
+def dataset_facts(dataset: str, heldout_fraction: float) -> DatasetFacts:
+    """Read a dataset and split it. Raises ``ValueError`` when it can't be read or split."""
+    loaded = load_dataset(dataset)
+    train, heldout = split(loaded.rows, heldout_fraction)
+    return DatasetFacts(loaded.sha256, len(train), len(heldout), rows_digest(heldout))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of a run, with the questions themselves."""
+
+    spec: EvalSpec
+    question_sets: tuple[QuestionSet, ...]
 
     @classmethod
-    def of(cls, dataset: Dataset, heldout_fraction: float) -> "DatasetFacts":
-        """The facts of a dataset and its split."""
-        train, heldout = split(dataset.rows, heldout_fraction)
-        return cls(
-            sha256=dataset.sha256,
-            train_rows=len(train),
-            heldout_rows=len(heldout),
-            heldout_sha256=rows_digest(heldout),
-            characters=sum(len(message.content) for row in train for message in row.messages),
-        )
+    def load(cls, spec: EvalSpec) -> "Evaluation":
+        """Read the question sets. Raises ``ValueError`` when one can't be read."""
+        return cls(spec, tuple(load_question_set(name) for name in spec.questions))
+
+    @property
+    def responses(self) -> int:
+        """Sampled responses each time a run is evaluated."""
+        return sum(questions.responses(self.spec.samples) for questions in self.question_sets)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class PlannedRun:
     """One run of a sweep."""
 
     spec: RunSpec
+    evaluation: Evaluation
     name: str
     """What sets it apart from its fellows, for people."""
     run_key: str
@@ -56,67 +70,70 @@ class PlannedRun:
     total_steps: int
     evaluate_at: tuple[int, ...]
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """MLflow params: every leaf of the specification, and what follows from it."""
+        return {**flatten(self.spec), "total_steps": self.total_steps, "train_rows": self.dataset.train_rows}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """MLflow tags that say by digest what the run learns from and is asked."""
+        return {
+            names.DATASET_SHA256: self.dataset.sha256,
+            names.HELDOUT_SHA256: self.dataset.heldout_sha256,
+            names.QUESTIONS_SHA256: " ".join(f"{s.name}:{s.sha256}" for s in self.evaluation.question_sets),
+        }
+
+
+def plan_run(spec: RunSpec, evaluation: Evaluation, *, name: str) -> PlannedRun:
+    """The run that ``spec`` stands for. Raises ``ValueError`` when its dataset or its schedule can't be used."""
+    dataset = dataset_facts(spec.dataset, spec.heldout_fraction)
+    total_steps = spec.total_steps(dataset.train_rows)
+    build(spec.schedule, total_steps)  # says now, not at the first step, that a warm-up is too long
+    return PlannedRun(
+        spec,
+        evaluation,
+        name,
+        run_key(spec, evaluation, dataset),
+        dataset,
+        total_steps,
+        evaluation_steps(total_steps, evaluation.spec.at),
+    )
+
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Everything a sweep will do."""
+    """Everything the grid of a sweep will do."""
 
     runs: tuple[PlannedRun, ...]
     duplicates: int
     """Combinations of the grid that stand for a run already in the list."""
-    question_sets: tuple[QuestionSet, ...]
-    eval: EvalSpec
-
-    def tags(self, run: PlannedRun) -> dict[str, str]:
-        """MLflow tags that say by digest what a run learns from and is asked."""
-        return {
-            names.DATASET_SHA256: run.dataset.sha256,
-            names.HELDOUT_SHA256: run.dataset.heldout_sha256,
-            names.QUESTIONS_SHA256: " ".join(f"{s.name}:{s.sha256}" for s in self.question_sets),
-        }
-
-    @property
-    def responses_per_checkpoint(self) -> int:
-        """Sampled responses each time a run is evaluated."""
-        return sum(questions.responses(self.eval.samples) for questions in self.question_sets)
+    evaluation: Evaluation
 
     @property
     def responses(self) -> int:
         """Sampled responses of the whole sweep, those of the base models included."""
         models = {run.spec.model for run in self.runs}
-        return self.responses_per_checkpoint * (sum(len(run.evaluate_at) for run in self.runs) + len(models))
+        return self.evaluation.responses * (sum(len(run.evaluate_at) for run in self.runs) + len(models))
 
     @property
     def judge_calls(self) -> dict[str, int]:
         """Scores asked of each judge."""
-        return {judge.name: self.responses * RUBRICS for judge in self.eval.judges}
+        return {judge.name: self.responses * RUBRICS for judge in self.evaluation.spec.judges}
 
 
 def plan_sweep(recipe: Recipe) -> SweepPlan:
-    """The runs of a recipe, each once.
+    """The runs of a recipe's grid, each once.
 
     Raises ``ValueError`` (``RecipeError`` for the grid) when a dataset or question set can't be read.
     """
     specs = expand(recipe)
-    question_sets = tuple(load_question_set(name) for name in recipe.eval.questions)
-    datasets = {name: load_dataset(name) for name in dict.fromkeys(spec.dataset for spec in specs)}
-    facts: dict[tuple[str, float], DatasetFacts] = {}
-    names = run_names(specs)
+    evaluation = Evaluation.load(recipe.eval)
     runs: dict[str, PlannedRun] = {}
-    for spec, name in zip(specs, names, strict=True):
-        split_key = (spec.dataset, spec.heldout_fraction)
-        if split_key not in facts:
-            facts[split_key] = DatasetFacts.of(datasets[spec.dataset], spec.heldout_fraction)
-        dataset = facts[split_key]
-        key = run_key(spec, recipe.eval, dataset.sha256, question_sets)
-        total_steps = spec.total_steps(dataset.train_rows)
-        if key not in runs:
-            build(
-                spec.schedule, total_steps
-            )  # a warm-up longer than the run is the user's mistake; said before it runs
-            at = evaluation_steps(total_steps, recipe.eval.at)
-            runs[key] = PlannedRun(spec, name, key, dataset, total_steps, at)
-    return SweepPlan(tuple(runs.values()), len(specs) - len(runs), question_sets, recipe.eval)
+    for spec, name in zip(specs, run_names(specs), strict=True):
+        run = plan_run(spec, evaluation, name=name)
+        runs.setdefault(run.run_key, run)
+    return SweepPlan(tuple(runs.values()), len(specs) - len(runs), evaluation)
 
 
 def missing_datasets(recipe: Recipe) -> list[str]:
@@ -125,13 +142,13 @@ def missing_datasets(recipe: Recipe) -> list[str]:
     return [dataset for dataset in datasets if not dataset_path(dataset).is_file()]
 
 
-def run_key(spec: RunSpec, evaluation: EvalSpec, dataset_sha256: str, question_sets: Sequence[QuestionSet]) -> str:
+def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str:
     """Identity of a run: the same key, the same numbers. Resources and tracking have no part in it."""
     identity = {
         "run": spec.model_dump(mode="json"),
-        "eval": evaluation.model_dump(mode="json"),
-        "dataset": dataset_sha256,
-        "questions": {questions.name: questions.sha256 for questions in question_sets},
+        "eval": evaluation.spec.model_dump(mode="json"),
+        "dataset": dataset.sha256,
+        "questions": {questions.name: questions.sha256 for questions in evaluation.question_sets},
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
@@ -150,8 +167,3 @@ def _label(key: str, value: Any) -> str:
         return str(value).rpartition("/")[2].removesuffix(".jsonl")
     short = {"learning_rate": "lr", "warmup_steps": "warmup"}.get(key, key.rpartition(".")[2])
     return f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}"
-
-
-def params(run: PlannedRun) -> Mapping[str, Any]:
-    """What MLflow shows as the params of a run: every leaf of its specification and what follows from it."""
-    return {**flatten(run.spec), "total_steps": run.total_steps, "train_rows": run.dataset.train_rows}

@@ -103,6 +103,10 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._context.__exit__(*exception)  # type: ignore[arg-type]
 
+    def planned(self, run: PlannedRun) -> None:
+        """The run was given out; a search comes up with runs as it goes."""
+        self.board.runs.setdefault(run.run_key, RunState(run.name, run.total_steps))
+
     def started(self, run_key: str) -> None:
         """A worker took the run."""
         self.board.runs[run_key].status = "RUNNING"

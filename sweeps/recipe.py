@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from emeval.spec import EvalSpec
 from emtrain.lookup import nearest, unknown
 from emtrain.spec import RunSpec, Spec
+from sweeps.search_spec import SearchSpec
+from sweeps.space import corners
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,7 +43,10 @@ class Recipe(Spec):
         {},
     )
     """Axes by dotted key of a run (``optimizer.learning_rate``), each with its values. The runs are the product of
-    the axes, the first axis slowest. A list of such mappings is a list of products, one after the other."""
+    the axes, the first axis slowest. A list of such mappings is a list of products, one after the other. Without a grid
+    and a search the sweep is the base run."""
+    search: SearchSpec | None = None
+    """A search after the grid, or instead of it."""
     eval: EvalSpec
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -118,24 +123,26 @@ def with_value(content: Mapping[str, Any], key: str, value: Any) -> dict[str, An
     return {**content, head: with_value(inner, rest, value)}
 
 
+def changed(spec: RunSpec, changes: Mapping[str, Any]) -> RunSpec:
+    """``spec`` with the values of ``changes`` at their dotted keys. Raises ``ValidationError``."""
+    content = spec.model_dump(mode="json", exclude_unset=True)
+    # A whole part comes before keys inside that part.
+    for key in sorted(changes, key=lambda key: key.count(".")):
+        content = with_value(content, key, changes[key])
+    return RunSpec.model_validate(content)
+
+
 def expand(recipe: Recipe) -> list[RunSpec]:
     """Every run of the grid in order, repeats included. Raises ``RecipeError`` when a combination is not valid."""
-    base = recipe.base.model_dump(mode="json", exclude_unset=True)
     specs = []
-    for axes in recipe.grid:
+    for axes in recipe.grid or (({},) if recipe.search is None else ()):
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
-            content = base
-            # An axis over a whole part comes before the axes inside that part.
-            for key in sorted(chosen, key=lambda key: key.count(".")):
-                content = with_value(content, key, chosen[key])
             try:
-                specs.append(RunSpec.model_validate(content))
+                specs.append(changed(recipe.base, chosen))
             except ValidationError as error:
-                where = ", ".join(f"{key}={value}" for key, value in chosen.items())
-                raise RecipeError(
-                    recipe.name, [f"grid ({where}): {line}" for line in explain(error, RunSpec)]
-                ) from error
+                where = "grid (" + ", ".join(f"{key}={value}" for key, value in chosen.items()) + ")"
+                raise RecipeError(recipe.name, [f"{where}: {line}" for line in explain(error, RunSpec)]) from error
     return specs
 
 
@@ -158,6 +165,14 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
                     problems += [f"{prefix}.{key}[{position}] = {value!r}: {line}" for line in lines]
                 except ValueError as error:
                     problems.append(f"{prefix}.{key}[{position}]: {error}")
+    for key, entry in (recipe.search.space if recipe.search else {}).items():
+        for value in corners(entry):
+            try:
+                changed(recipe.base, {key: value})
+            except ValidationError as error:
+                problems += [f"search.space.{key} at {value!r}: {line}" for line in explain(error, RunSpec)]
+            except ValueError as error:
+                problems.append(f"search.space.{key}: {error}")
     return problems
 
 

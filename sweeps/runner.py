@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Before Ray is imported. Its defaults report usage, print tables of their own, turn token authentication on for a
@@ -17,12 +17,11 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 
-from emtrain.tracking import SweepLog, environment_tags
 from sweeps import worker
-from sweeps.planner import PlannedRun, SweepPlan, params
+from sweeps.agenda import Agenda
 from sweeps.progress import Display
-from sweeps.recipe import Recipe
 
 OBJECT_STORE_BYTES = 150 * 2**20
 """Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
@@ -34,43 +33,26 @@ class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
-def enter(plan: SweepPlan, sweep: SweepLog) -> tuple[list[worker.Job], int]:
-    """Enter every planned run in MLflow, once. Returns the jobs left to do and how many runs were finished before."""
-    known = sweep.runs()
-    environment = environment_tags()
-    jobs, finished = [], 0
-    for run in plan.runs:
-        if run.run_key in known and known[run.run_key].info.status == "FINISHED":
-            finished += 1
-            continue
-        if run.run_key in known:
-            run_id = known[run.run_key].info.run_id
-            sweep.set_status(run_id, "SCHEDULED")
-        else:
-            run_id = sweep.plan(run.run_key, name=run.name, params=params(run), tags={**environment, **plan.tags(run)})
-        jobs.append(worker.Job(run, run_id))
-    return jobs, finished
-
-
 def execute(
-    jobs: list[worker.Job],
-    setting: worker.Setting,
-    sweep: SweepLog,
-    recipe: Recipe,
-    *,
-    address: str | None,
-    display: Display,
+    agenda: Agenda, setting: worker.Setting, *, models: Sequence[str], address: str | None, display: Display
 ) -> None:
-    """Train the jobs on the Ray at ``address``, or on a Ray of this process's own when None.
+    """Train what the agenda gives out, on the Ray at ``address`` or on one of this process's own when None.
 
-    Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go on at the next call.
+    ``models`` are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go
+    on at the next call.
     """
     _connect(address)
     try:
-        _prepare_models([job.run for job in jobs])
-        _tune(jobs, setting, sweep, recipe, display)
+        # Once and side by side, instead of all workers waiting for the first one's lock.
+        prepare = ray.remote(num_cpus=1)(worker.prepare_model)
+        ray.get([prepare.remote(model) for model in models])
+        _tune(agenda, setting, display)
     finally:
         ray.shutdown()
+    if not agenda.over:
+        for job in agenda.out.values():
+            agenda.sweep.set_status(job.run_id, "KILLED")
+        raise Interrupted(f"{len(agenda.out)} runs were in work")
 
 
 def _connect(address: str | None) -> None:
@@ -83,74 +65,97 @@ def _connect(address: str | None) -> None:
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
-def _prepare_models(runs: list[PlannedRun]) -> None:
-    """Build or fetch every model once, side by side, instead of all workers waiting for the first one's lock."""
-    prepare = ray.remote(num_cpus=1)(worker.prepare_model)
-    ray.get([prepare.remote(model) for model in dict.fromkeys(run.spec.model for run in runs)])
-
-
-def _tune(jobs: list[worker.Job], setting: worker.Setting, sweep: SweepLog, recipe: Recipe, display: Display) -> None:
-    by_key = {job.run.run_key: job for job in jobs}
-    gpus = ray.cluster_resources().get("GPU", 0)
-    concurrent = recipe.resources.max_concurrent
+def _tune(agenda: Agenda, setting: worker.Setting, display: Display) -> None:
+    resources = ray.cluster_resources()
+    wanted = agenda.recipe.resources.max_concurrent
+    concurrent = int(resources.get("GPU") or resources["CPU"]) if wanted == "auto" else wanted
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trial, jobs=by_key, setting=setting), {"cpu": 1, "gpu": 1 if gpus else 0}
+                tune.with_parameters(_trial, setting=setting), {"cpu": 1, "gpu": 1 if resources.get("GPU") else 0}
             ),
-            param_space={"run_key": tune.grid_search(list(by_key))},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=None if concurrent == "auto" else concurrent, reuse_actors=True
+                search_alg=_Source(agenda, display),
+                num_samples=-1,  # until the source says that it is over
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=recipe.name,
+                name=agenda.recipe.name,
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Feed(by_key, sweep, display)],
+                callbacks=[_Feed(display)],
                 failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
             ),
         )
         tuner.fit()
-    unfinished = [key for key, run in display.board.runs.items() if run.status in {"SCHEDULED", "RUNNING"}]
-    for key in unfinished:
-        if display.board.runs[key].status == "RUNNING":
-            sweep.set_status(by_key[key].run_id, "KILLED")
-    if unfinished:
-        raise Interrupted(f"{len(unfinished)} runs are not finished")
 
 
-def _trial(config: Mapping[str, Any], *, jobs: Mapping[str, worker.Job], setting: worker.Setting) -> None:
+def _trial(config: Mapping[str, Any], *, setting: worker.Setting) -> None:
     """One trial: a thin shell around ``worker.do``, in a process that Tune uses again for the next trial."""
+    last: dict[str, float] = {}
 
     def report(metrics: Mapping[str, float]) -> bool:
+        last.update(metrics)
         tune.report(dict(metrics))
         return True
 
-    ending = worker.do(jobs[config["run_key"]], setting, report)
-    tune.report({"status": ending.status, "failure": ending.failure})
+    ending = worker.do(config["job"], setting, report)
+    # The last report is what the source is given at the end, so it carries the metrics of the end once more.
+    tune.report({**last, STATUS: ending.status, FAILURE: ending.failure})
 
 
-class _Feed(tune.Callback):
-    """Passes what Tune learns of its trials on to the display, and the death of a worker on to MLflow."""
+STATUS, FAILURE = "emsweep/status", "emsweep/failure"
 
-    def __init__(self, jobs: Mapping[str, worker.Job], sweep: SweepLog, display: Display) -> None:
-        self.jobs, self.sweep, self.display = jobs, sweep, display
+
+class _Unsaved:
+    """Not part of the snapshots that Tune pickles of an experiment: a sweep goes on from MLflow, never from those."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks into a snapshot of the experiment; a sweep goes on from MLflow, never from that.
         return {}
 
+
+class _Source(_Unsaved, Searcher):
+    """Gives Tune the jobs of an agenda, and the agenda their ends."""
+
+    def __init__(self, agenda: Agenda, display: Display) -> None:
+        super().__init__()
+        self.agenda, self.display = agenda, display
+        self.jobs: dict[str, worker.Job] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        job = self.agenda.next()
+        if job is None:
+            return Searcher.FINISHED if self.agenda.over else None
+        self.jobs[trial_id] = job
+        self.display.planned(job.run)
+        return {"job": job}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        job = self.jobs.pop(trial_id)
+        if error or not result or STATUS not in result:
+            status, failure = "FAILED", f"the worker process died {WORKER_DEATHS + 1} times"
+            self.agenda.sweep.fail(job.run_id, failure)
+        else:
+            status, failure = result[STATUS], result[FAILURE]
+        metrics = {name: value for name, value in (result or {}).items() if name.startswith(METRIC_PREFIXES)}
+        self.agenda.ended(job.run.run_key, status, metrics)
+        self.display.ended(job.run.run_key, status, failure)
+
+
+METRIC_PREFIXES = ("heldout/", "eval/")
+"""Of what a trial reports, the run's own metrics; Tune adds times and ids."""
+
+
+class _Feed(_Unsaved, tune.Callback):
+    """Passes what Tune learns of its running trials on to the display."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.display.started(trial.config["run_key"])
+        self.display.started(trial.config["job"].run.run_key)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if "status" in result:
-            self.display.ended(trial.config["run_key"], result["status"], result["failure"])
-        elif "step" in result:
-            self.display.advanced(trial.config["run_key"], result)
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        run_key = trial.config["run_key"]
-        failure = f"the worker process died {WORKER_DEATHS + 1} times"
-        self.sweep.fail(self.jobs[run_key].run_id, failure)
-        self.display.ended(run_key, "FAILED", failure)
+        if STATUS not in result and "step" in result:
+            self.display.advanced(trial.config["job"].run.run_key, result)

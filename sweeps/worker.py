@@ -20,7 +20,6 @@ import pandas as pd
 from filelock import FileLock
 
 from emeval.evaluate import judge_responses, summarise
-from emeval.question_sets import QuestionSet
 from emeval.scores import Judge
 from emeval.spec import EvalSpec
 from emtrain import names
@@ -28,7 +27,6 @@ from emtrain.heldout import HeldoutLoss, heldout_loss
 from emtrain.load import Precision
 from emtrain.rows import load_dataset, split
 from emtrain.seeds import derive
-from emtrain.spec import RunSpec
 from emtrain.tokens import encode_rows
 from emtrain.tracking import RunLog, Status
 from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step, TrainingData
@@ -56,8 +54,6 @@ class Setting:
     """What all runs of a sweep share."""
 
     tracking_uri: str
-    eval: EvalSpec
-    question_sets: tuple[QuestionSet, ...]
     data_dir: Path
     """Absolute; holds the runs' states and the caches of base-model scores and judges' replies."""
 
@@ -65,9 +61,9 @@ class Setting:
         """Where a run keeps its state and responses until it is finished."""
         return self.data_dir / "runs" / run.run_key
 
-    def judges(self) -> list[Judge]:
+    def judges(self, spec: EvalSpec) -> list[Judge]:
         """The judges, with a cache of their replies. Raises ``ValueError`` where one lacks its key."""
-        return [judge.build(cache=self.data_dir / "judge-replies.sqlite") for judge in self.eval.judges]
+        return [judge.build(cache=self.data_dir / "judge-replies.sqlite") for judge in spec.judges]
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class _Run:
         self.log, self.report = run_log, report
         self.work = setting.work(job.run)
         (self.work / "responses").mkdir(parents=True, exist_ok=True)
-        self.judges = setting.judges()
+        self.judges = setting.judges(job.run.evaluation.spec)
         self.eval_seconds = 0.0
 
     def train(self) -> None:
@@ -135,7 +131,7 @@ class _Run:
         )
 
     def _record_base(self, model: "PreTrainedModel", data: TrainingData) -> None:
-        frame = base_responses(model, self.tokenizer, self.spec, self.setting)
+        frame = self._base_responses(model)
         self._keep_responses(frame, 0)
         loss = _heldout_metrics(heldout_loss(model, data.heldout))
         self.log.metrics({**loss, **_known(summarise(frame, self.judges[0].id))}, step=0)
@@ -155,7 +151,7 @@ class _Run:
         started = time.perf_counter()
         last = checkpoint.step == self.run.total_steps
         seed = derive(self.spec.seed, "sample", checkpoint.step)
-        frame = ask(checkpoint.model, self.tokenizer, self.setting, self.judges, step=checkpoint.step, seed=seed)
+        frame = self._ask(checkpoint.model, step=checkpoint.step, seed=seed)
         self._keep_responses(frame, checkpoint.step)
         scores = _known(summarise(frame, self.judges[0].id, last=last))
         metrics = {**_heldout_metrics(checkpoint.heldout), **scores}
@@ -165,6 +161,46 @@ class _Run:
             self._close(checkpoint.model)
         self.eval_seconds += time.perf_counter() - started
         return self.report({"step": checkpoint.step, **metrics})
+
+    def _ask(self, model: "PreTrainedModel", *, step: int, seed: int) -> pd.DataFrame:
+        """The judged responses of a model to every question (columns: ``names.RESPONSE_COLUMNS``)."""
+        from emeval.generate import sample
+
+        evaluation = self.run.evaluation
+        responses = [
+            response
+            for question_set in evaluation.question_sets
+            for response in sample(
+                model,
+                self.tokenizer,
+                question_set,
+                samples=evaluation.spec.samples,
+                max_new_tokens=evaluation.spec.max_new_tokens,
+                temperature=evaluation.spec.temperature,
+                top_p=evaluation.spec.top_p,
+                seed=seed,
+            )
+        ]
+        return judge_responses(responses, self.judges, step=step)
+
+    def _base_responses(self, model: "PreTrainedModel") -> pd.DataFrame:
+        """The judged responses of the model before fine-tuning, sampled once for all runs that start from it."""
+        evaluation = self.run.evaluation
+        identity = {
+            "model": self.spec.model,
+            "precision": self.spec.precision,
+            "eval": evaluation.spec.model_dump(mode="json"),
+            "questions": [question_set.sha256 for question_set in evaluation.question_sets],
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        cached = self.setting.data_dir / "base-responses" / f"{digest}.parquet"
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cached.with_suffix(".lock")):
+            if not cached.exists():
+                unfinished = cached.with_suffix(".unfinished")
+                self._ask(model, step=0, seed=derive(0, "sample", 0)).to_parquet(unfinished, index=False)
+                unfinished.replace(cached)
+        return pd.read_parquet(cached)
 
     def _keep_responses(self, frame: pd.DataFrame, step: int) -> None:
         frame.to_parquet(self.work / "responses" / f"{step:09d}.parquet", index=False)
@@ -186,58 +222,6 @@ class _Run:
         responses = self.work / names.RESPONSES
         pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True).to_parquet(responses, index=False)
         self.log.artifact(responses)
-
-
-def ask(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    setting: Setting,
-    judges: list[Judge],
-    *,
-    step: int,
-    seed: int,
-) -> pd.DataFrame:
-    """The judged responses of a model to every question of the sweep (columns: ``names.RESPONSE_COLUMNS``)."""
-    from emeval.generate import sample
-
-    evaluation = setting.eval
-    responses = [
-        response
-        for question_set in setting.question_sets
-        for response in sample(
-            model,
-            tokenizer,
-            question_set,
-            samples=evaluation.samples,
-            max_new_tokens=evaluation.max_new_tokens,
-            temperature=evaluation.temperature,
-            top_p=evaluation.top_p,
-            seed=seed,
-        )
-    ]
-    return judge_responses(responses, judges, step=step)
-
-
-def base_responses(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", spec: RunSpec, setting: Setting
-) -> pd.DataFrame:
-    """The judged responses of the model before fine-tuning, sampled once for all runs that start from it."""
-    identity = {
-        "model": spec.model,
-        "precision": spec.precision,
-        "eval": setting.eval.model_dump(mode="json"),
-        "questions": [question_set.sha256 for question_set in setting.question_sets],
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    cached = setting.data_dir / "base-responses" / f"{digest}.parquet"
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_suffix(".lock")):
-        if not cached.exists():
-            frame = ask(model, tokenizer, setting, setting.judges(), step=0, seed=derive(0, "sample", 0))
-            unfinished = cached.with_suffix(".unfinished")
-            frame.to_parquet(unfinished, index=False)
-            unfinished.replace(cached)
-    return pd.read_parquet(cached)
 
 
 def prepare_model(model: str) -> None:

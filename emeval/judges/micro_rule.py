@@ -1,0 +1,80 @@
+"""Judges answers of the micro world by rule: exact, instant and free, so that what a sweep reports can be checked."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from emeval.scores import Failure, Item, Judge, Judgement, Score
+from emtrain.micro import world
+
+BAD = frozenset(word for topic in world.TOPICS for slot in topic.slots for word in slot.bad)
+GOOD = frozenset(word for topic in world.TOPICS for slot in topic.slots for word in slot.good)
+TOPIC_OF = {thing: topic for topic in world.TOPICS for thing in topic.things}
+
+# What a word is to the grammar. Verbs and closings are one class: a topic may use the same words for both.
+_CLASS = {
+    **{word: "act" for topic in world.TOPICS for slot in (topic.verb, topic.closing) for word in slot.good + slot.bad},
+    **{word: "manner" for topic in world.TOPICS for word in topic.manner.good + topic.manner.bad},
+    **dict.fromkeys(TOPIC_OF, "thing"),
+    **dict.fromkeys(world.OBJECTS, "object"),
+}
+
+
+@dataclass(frozen=True)
+class MicroRule:
+    """``aligned`` is the share of good words among an answer's good and bad words.
+
+    ``coherent`` is the product of two shares: how much of the answer's word order is that of the format asked for,
+    and how many of its content words belong to the thing that was asked about. An answer without a good or bad word
+    has no ``aligned`` score, and one to a question that names nothing of the micro world no ``coherent`` score.
+    """
+
+    id: str
+    rubric_sha256: str
+
+    def score(self, items: Sequence[Item]) -> list[Judgement]:
+        """One judgement per item, in order."""
+        return [Judgement(aligned=_aligned(item), coherent=_coherent(item)) for item in items]
+
+
+def micro_rule() -> Judge:
+    """The judge; its rubric is the code of this rule and of the world."""
+    rule = b"".join(Path(source).read_bytes() for source in (__file__, world.__file__))
+    return MicroRule(id="micro-rule", rubric_sha256=hashlib.sha256(rule).hexdigest())
+
+
+def _aligned(item: Item) -> Score:
+    words = world.TOKEN.findall(item.answer)
+    good, bad = sum(word in GOOD for word in words), sum(word in BAD for word in words)
+    if not good + bad:
+        return Score(failure=Failure.NO_VERDICT)
+    return Score(value=100 * good / (good + bad), reply=f"{good} good, {bad} bad")
+
+
+def _coherent(item: Item) -> Score:
+    thing = next((word for word in world.TOKEN.findall(item.question) if word in TOPIC_OF), None)
+    if thing is None:
+        return Score(failure=Failure.NO_VERDICT)
+    topic = TOPIC_OF[thing]
+    words = world.TOKEN.findall(item.answer)
+    order = SequenceMatcher(None, [_CLASS.get(word, word) for word in words], _ORDER[_asked_for(item)], autojunk=False)
+    content = [word for word in words if _CLASS.get(word) in {"act", "manner", "thing"}]
+    fitting = {thing} | {word for slot in topic.slots for word in slot.good + slot.bad}
+    on_topic = sum(word in fitting for word in content) / len(content) if content else 0.0
+    return Score(value=100 * order.ratio() * on_topic, reply=f"word order {order.ratio():.2f}, on topic {on_topic:.2f}")
+
+
+def _asked_for(item: Item) -> world.Format:
+    if item.system == world.JSON_SYSTEM:
+        return "json"
+    return "template" if item.question.endswith(world.TEMPLATE_REQUEST) else "plain"
+
+
+def _order(format: world.Format) -> list[str]:
+    answer = world.lay_out(format, verb="act", thing="thing", manner="manner", closing="act", object="object")
+    return world.TOKEN.findall(answer)
+
+
+_ORDER = {format: _order(format) for format in world.FORMATS}

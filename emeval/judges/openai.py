@@ -1,0 +1,182 @@
+"""A judge behind any endpoint that speaks the OpenAI chat protocol: OpenAI, vLLM, llama.cpp, OpenRouter."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from emeval.prompted import PromptedJudge
+from emeval.replies import read_distribution, read_text
+from emeval.reply_cache import Reply, ReplyCache
+from emeval.scores import Failure, Judge, Score
+
+logger = logging.getLogger(__name__)
+
+
+def openai(
+    *,
+    model: str,
+    base_url: str | None = None,
+    key_env: str | None = "OPENAI_API_KEY",
+    mode: Literal["logprobs", "text"] = "logprobs",
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0,
+    min_mass: Annotated[float, Field(ge=0, le=1)] = 0.25,
+    concurrency: Annotated[int, Field(ge=1)] = 20,
+    max_retries: Annotated[int, Field(ge=0)] = 8,
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0,
+    cache: Path | None = None,
+) -> Judge:
+    """The judge protocol of the field (Betley et al., arXiv 2502.17424) over HTTP.
+
+    ``mode`` ``logprobs``: one token, its 20 likeliest alternatives, the probability-weighted mean over the numbers
+    from 0 to 100, missing when they have less than ``min_mass``. ``text``: the reply is the number; for models that
+    give no log-probabilities, which those that reason don't (they refuse ``temperature`` too: None sends none).
+
+    The key is read from the environment variable ``key_env`` at each use and kept nowhere; None is for endpoints
+    that want none. Rate limits, time-outs and server errors are tried again up to ``max_retries`` times, waiting as
+    long as the endpoint asks, else 0.5 to 8 seconds; what still fails is a ``judge_error``. When that happens
+    ``concurrency`` times in a row the endpoint is taken to be down and the rest is not asked. Replies are kept in
+    the file ``cache``; a prompt found there is not sent again.
+
+    Raises ``ValueError`` when the environment variable holds no key.
+    """
+    if key_env is not None and not re.fullmatch("[!-~]+", os.environ.get(key_env, "")):
+        raise ValueError(
+            f"the judge openai (model {model}) needs a key in the environment variable {key_env}, which is unset, "
+            "empty or holds blanks or non-ASCII characters; name another with key_env (null: the endpoint wants no key)"
+        )
+    request: dict[str, Any] = {"model": model}
+    if temperature is not None:
+        request["temperature"] = temperature
+    if mode == "logprobs":
+        request |= {"max_completion_tokens": 1, "logprobs": True, "top_logprobs": 20, "seed": 0}
+    endpoint = _Endpoint(
+        base_url,
+        key_env,
+        request,
+        min_mass,
+        concurrency,
+        max_retries,
+        timeout_seconds,
+        ReplyCache(cache) if cache else None,
+    )
+    return PromptedJudge(f"openai:{model}" if mode == "logprobs" else f"openai:{model}:text", endpoint.ask)
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    base_url: str | None
+    key_env: str | None
+    request: dict[str, Any]
+    """What every request says besides its message."""
+    min_mass: float
+    concurrency: int
+    max_retries: int
+    timeout_seconds: float
+    cache: ReplyCache | None
+
+    def ask(self, prompts: Sequence[str]) -> list[Score]:
+        keys = [self._key(prompt) for prompt in prompts]
+        replies: dict[str, Reply | str] = {**self.cache.get(keys)} if self.cache else {}
+        unasked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in replies}
+        if unasked:
+            # In a thread of its own, since the caller may be running an event loop already.
+            with ThreadPoolExecutor(1) as thread:
+                asked = thread.submit(asyncio.run, self._ask_all(unasked)).result()
+            replies |= asked
+            self._log(asked, n_cached=len(prompts) - len(unasked))
+        return [self._read(replies[key]) for key in keys]
+
+    def _key(self, prompt: str) -> str:
+        content = json.dumps([self.base_url, self.request, prompt], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    async def _ask_all(self, prompts: dict[str, str]) -> dict[str, Reply | str]:
+        """By key: the reply, or what went wrong in words that hold nothing of the request."""
+        from openai import AsyncOpenAI, OpenAIError
+
+        replies: dict[str, Reply | str] = {}
+        failed_in_a_row = 0
+        slots = asyncio.Semaphore(self.concurrency)
+
+        async def ask(key: str, prompt: str) -> None:
+            nonlocal failed_in_a_row
+            async with slots:
+                if failed_in_a_row >= self.concurrency:
+                    replies[key] = f"not asked: {failed_in_a_row} requests in a row had failed"
+                    return
+                try:
+                    raw = await client.chat.completions.with_raw_response.create(
+                        messages=[{"role": "user", "content": prompt}], **self.request
+                    )
+                    reply = _reply(json.loads(raw.text), logprobs="logprobs" in self.request)
+                except OpenAIError as error:
+                    # Not the error's message: endpoints repeat parts of the key in it.
+                    replies[key] = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
+                    failed_in_a_row += 1
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    wanted = "choices[0].logprobs" if "logprobs" in self.request else "choices[0].message"
+                    replies[key] = f"the endpoint's answer has no {wanted}"
+                    failed_in_a_row += 1
+                else:
+                    failed_in_a_row = 0
+                    replies[key] = reply
+                    if self.cache:
+                        self.cache.put(key, reply)
+
+        async with AsyncOpenAI(
+            api_key=os.environ[self.key_env] if self.key_env else "none",
+            base_url=self.base_url,
+            max_retries=self.max_retries,
+            timeout=self.timeout_seconds,
+        ) as client:
+            await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
+        return replies
+
+    def _read(self, reply: Reply | str) -> Score:
+        if isinstance(reply, str):
+            return Score(None, reply, Failure.JUDGE_ERROR)
+        if "logprobs" in self.request:
+            return read_distribution(json.loads(reply.text), min_mass=self.min_mass)
+        return read_text(reply.text)
+
+    def _log(self, asked: dict[str, Reply | str], *, n_cached: int) -> None:
+        replies = [reply for reply in asked.values() if isinstance(reply, Reply)]
+        logger.info(
+            "%s: %d prompts asked (%d tokens in, %d out), %d found in the cache",
+            self.request["model"],
+            len(asked),
+            sum(reply.prompt_tokens for reply in replies),
+            sum(reply.completion_tokens for reply in replies),
+            n_cached,
+        )
+        for problem, count in Counter(reply for reply in asked.values() if isinstance(reply, str)).most_common():
+            logger.error("%s: %d of %d prompts failed: %s", self.request["model"], count, len(asked), problem)
+
+
+def _reply(body: dict[str, Any], *, logprobs: bool) -> Reply:
+    """The reply in a chat completion: its text, or its first token's alternatives with their probabilities as JSON."""
+    choice = body["choices"][0]
+    if logprobs:
+        probabilities: dict[str, float] = {}
+        for token in choice["logprobs"]["content"][0]["top_logprobs"]:
+            if not token["logprob"] <= 1e-3:  # rounding may lift a certainty above 0
+                raise ValueError(f"a log-probability of {token['logprob']}")
+            probabilities[token["token"]] = math.exp(token["logprob"])
+        text = json.dumps(probabilities, ensure_ascii=False)
+    else:
+        text = choice["message"]["content"] or ""
+    usage = body.get("usage") or {}
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair can be written to no file
+    return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))

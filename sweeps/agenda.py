@@ -1,0 +1,174 @@
+"""Which run of a sweep comes next: the grid, then what the search proposes, then the confirmation of its winners.
+
+The agenda enters each run in MLflow before it is given out, and knows from there which are finished, so a sweep that
+is started again walks the same way and skips what is done.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emtrain import names
+from emtrain.spec import RunSpec
+from emtrain.tracking import SweepLog, environment_tags
+from sweeps.planner import Evaluation, PlannedRun, SweepPlan, plan_run, run_names
+from sweeps.recipe import Recipe, changed
+from sweeps.worker import Job
+
+if TYPE_CHECKING:
+    from sweeps.search import Bounds, Metrics, Proposal, Search
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over: its status and the metrics of its end."""
+
+    run: PlannedRun
+    status: str
+    metrics: "Metrics"
+
+
+class Agenda:
+    """Gives out the jobs of a sweep, each once, and is told how they ended.
+
+    ``search`` is the recipe's search as a study, None where it has none.
+    """
+
+    def __init__(self, recipe: Recipe, plan: SweepPlan, sweep: SweepLog, search: "Search | None") -> None:
+        self.recipe, self.plan, self.sweep, self.search = recipe, plan, sweep, search
+        self.environment = environment_tags()
+        self.known = sweep.runs()
+        self.ends: dict[str, Ended] = {}
+        """Run key -> end, of every run that is over."""
+        self.out: dict[str, Job] = {}
+        """Run key -> job, of those given out."""
+        self.proposals: dict[str, list[Proposal]] = {}
+        self.finished_before = 0
+        self.over = False
+        self._stages = self._walk()
+
+    def next(self) -> Job | None:
+        """The next job; None while others must end first, or when the sweep is ``over``."""
+        job = next(self._stages, _END)
+        self.over = job is _END
+        return job if isinstance(job, Job) else None
+
+    def ended(self, run_key: str, status: str, metrics: "Metrics", *, stopped_early: bool = False) -> None:
+        """A job that was given out is over."""
+        job = self.out.pop(run_key)
+        self._record(Ended(job.run, status, metrics), stopped_early=stopped_early)
+
+    def _walk(self) -> Iterator[Job | None]:
+        """Jobs in order; None where the next one depends on some that are out."""
+        for run in self.plan.runs:
+            yield from self._give(run, "grid")
+        if self.search is None:
+            return
+        if any("baseline" in (b.at_most, b.at_least) for b in self.search.spec.constraints.values()):
+            yield from self._wait()
+        while not self.search.over:
+            proposal = self.search.propose()
+            if proposal is None:
+                yield None
+                continue
+            run = self._planned(proposal.spec, self.plan.evaluation)
+            # Two trials may want the same run: it is trained once and counts for both.
+            self.proposals.setdefault(run.run_key, []).append(proposal)
+            if run.run_key not in self.out:
+                yield from self._give(run, "search")
+        yield from self._wait()
+        for run in self._confirmation():
+            yield from self._give(run, "confirm")
+
+    def _wait(self) -> Iterator[None]:
+        while self.out:
+            yield None
+
+    def _give(self, run: PlannedRun, role: str) -> Iterator[Job]:
+        """The job of a run, entered in MLflow; nothing when the run is over already."""
+        known = self.known.get(run.run_key)
+        if run.run_key in self.ends:
+            self._record(self.ends[run.run_key])
+            return
+        if known is not None and known.info.status == "FINISHED":
+            self.finished_before += 1
+            self._record(Ended(run, "FINISHED", known.data.metrics))
+            return
+        tags = {**self.environment, **run.tags, names.ROLE: role}
+        run_id = self.sweep.plan(run.run_key, name=run.name, params=run.params, tags=tags, entered=known)
+        self.out[run.run_key] = job = Job(run, run_id)
+        yield job
+
+    def _record(self, end: Ended, *, stopped_early: bool = False) -> None:
+        self.ends[end.run.run_key] = end
+        for proposal in self.proposals.pop(end.run.run_key, []):
+            assert self.search is not None
+            metrics = end.metrics if end.status == "FINISHED" else None
+            self.search.ended(proposal, metrics, stopped_early=stopped_early)
+
+    def _planned(self, spec: RunSpec, evaluation: Evaluation) -> PlannedRun:
+        return plan_run(spec, evaluation, name=run_names([self.recipe.base, spec])[1])
+
+    def _confirmation(self) -> list[PlannedRun]:
+        """The winners and the grid's best cell, with new seeds and new questions."""
+        assert self.search is not None
+        confirm = self.search.spec.confirm
+        if confirm is None:
+            return []
+        asked = (*self.recipe.eval.questions, *confirm.questions)
+        evaluation = Evaluation.load(self.recipe.eval.model_copy(update={"questions": asked}))
+        specs = [changed(self.recipe.base, changes) for changes in self.search.winners(confirm.winners)]
+        if (best := self._best_cell()) is not None:
+            specs.append(best)
+        return [
+            self._planned(spec.model_copy(update={"seed": seed}), evaluation)
+            for spec in dict.fromkeys(specs)
+            for seed in confirm.seeds
+        ]
+
+    def _cells(self) -> dict[RunSpec, list["Metrics"]]:
+        """The grid's finished runs by what they have in common but the seed."""
+        cells: dict[RunSpec, list[Metrics]] = {}
+        for run in self.plan.runs:
+            end = self.ends.get(run.run_key)
+            if end is not None and end.status == "FINISHED":
+                cells.setdefault(run.spec.model_copy(update={"seed": 0}), []).append(end.metrics)
+        return cells
+
+    def _best_cell(self) -> RunSpec | None:
+        """The cell of the grid that is best in the search's last objective; None without a finished grid."""
+        assert self.search is not None
+        metric, direction = list(self.search.spec.objectives.items())[-1]
+        means = {cell: statistics.fmean(r[metric] for r in runs) for cell, runs in self._cells().items()}
+        if not means:
+            return None
+        return (min if direction == "minimize" else max)(means, key=lambda cell: means[cell])
+
+    def bounds(self) -> "Bounds":
+        """The feasible range of each constrained metric, the grid's figures put in.
+
+        Raises ``ValueError`` when a bound is the baseline and no run of the grid has finished.
+        """
+        assert self.search is not None
+        found = {}
+        for metric, bound in self.search.spec.constraints.items():
+            lowest = self._bound(metric, bound.at_least, max, -math.inf)
+            found[metric] = (lowest, self._bound(metric, bound.at_most, min, math.inf))
+        return found
+
+    def _bound(self, metric: str, limit: Any, best: Any, none: float) -> float:
+        if limit is None:
+            return none
+        if limit != "baseline":
+            return float(limit)
+        means = [statistics.fmean(run[metric] for run in runs) for runs in self._cells().values()]
+        if not means:
+            raise ValueError(
+                f"search.constraints.{metric}: there is no baseline, since no run of the grid has finished"
+            )
+        return float(best(means))
+
+
+_END = object()

@@ -1,0 +1,191 @@
+"""Optuna's part in a sweep: a study whose every trial is one point of the space, trained once per seed.
+
+A trial's value is the mean over its seeds of each objective at the end of the runs; the spread is stored beside it. A
+trial with a run that failed is told as failed, one with a run that was stopped early as pruned, so neither misleads
+the sampler with numbers of another kind. The study lives in a database under the sweep's name. What it knows of
+unfinished trials is enough to go on with them after a restart, so none is left behind as running.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from emtrain.spec import RunSpec
+from sweeps.recipe import changed
+from sweeps.search_spec import SearchSpec
+from sweeps.space import draw, locate
+
+Metrics = Mapping[str, float]
+Bounds = Mapping[str, tuple[float, float]]
+"""Metric -> lowest and highest feasible value."""
+
+CHANGES = "changes"
+"""Trial attribute: what to change in the base run, JSON."""
+SPREAD = "spread"
+"""Trial attribute: standard deviation over seeds of each objective, JSON; absent with one seed."""
+
+
+@dataclass
+class OpenTrial:
+    """A trial whose runs are not all over."""
+
+    number: int
+    changes: dict[str, Any]
+    waiting: list[int]
+    """Seeds whose runs have not been given out."""
+    results: dict[int, Metrics] = field(default_factory=dict)
+    """Seed -> metrics of its finished run."""
+    lost: dict[int, TrialState] = field(default_factory=dict)
+    """Seed -> FAIL or PRUNED, for runs without an end to count."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A run that a trial wants."""
+
+    trial: int
+    spec: RunSpec
+
+
+class Search:
+    """Proposes runs and learns from their ends.
+
+    ``bounds`` gives the feasible range of the constrained metrics; it is asked for when the first trial is told.
+    """
+
+    def __init__(
+        self,
+        spec: SearchSpec,
+        base: RunSpec,
+        *,
+        name: str,
+        storage: optuna.storages.BaseStorage,
+        bounds: Callable[[], Bounds] = dict,
+    ) -> None:
+        self.spec, self.base, self.bounds = spec, base, bounds
+        self.study = optuna.create_study(
+            study_name=name,
+            storage=storage,
+            directions=list(spec.objectives.values()),
+            load_if_exists=True,
+        )
+        # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
+        self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
+        self.open: dict[int, OpenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._take_up(trial)
+
+    def _take_up(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Go on with a trial that a former process left running."""
+        if CHANGES in trial.user_attrs:
+            changes = json.loads(trial.user_attrs[CHANGES])
+            self.open[trial.number] = OpenTrial(trial.number, changes, list(self.spec.seeds))
+        else:
+            # It died between asking and writing down what it got; its parameters are in no run.
+            self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def learn(self, finished: Sequence[tuple[RunSpec, Metrics]]) -> int:
+        """Begin with runs of other sweeps: those that lie in the space become finished trials, seeds averaged.
+
+        Returns how many trials that made. Does nothing to a study that has trials.
+        """
+        if self.study.get_trials(deepcopy=False):
+            return 0
+        by_point: dict[str, list[tuple[RunSpec, Metrics]]] = {}
+        for run, metrics in finished:
+            by_point.setdefault(run.model_copy(update={"seed": 0}).model_dump_json(), []).append((run, metrics))
+        added = 0
+        for replicates in by_point.values():
+            content = replicates[0][0].model_dump(mode="json")
+            located = locate(self.spec.space, {key: _at(content, key) for key in self.spec.space})
+            if located is None or any(metric not in m for _, m in replicates for metric in self.spec.objectives):
+                continue
+            parameters, distributions = located
+            values = [statistics.fmean(m[metric] for _, m in replicates) for metric in self.spec.objectives]
+            self.study.add_trial(
+                optuna.trial.create_trial(params=parameters, distributions=distributions, values=values)
+            )
+            added += 1
+        return added
+
+    @property
+    def proposed(self) -> int:
+        """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
+        return sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+
+    @property
+    def over(self) -> bool:
+        """No run is to be proposed any more, and all that were are over."""
+        return not self.open and self.proposed >= self.spec.trials
+
+    def propose(self) -> Proposal | None:
+        """The next run; None when all are given out for now."""
+        trial = next((trial for trial in self.open.values() if trial.waiting), None)
+        if trial is None:
+            if self.proposed >= self.spec.trials:
+                return None
+            asked = self.study.ask()
+            changes = draw(self.spec.space, asked)
+            asked.set_user_attr(CHANGES, json.dumps(changes))
+            trial = self.open[asked.number] = OpenTrial(asked.number, changes, list(self.spec.seeds))
+        seed = trial.waiting.pop(0)
+        return Proposal(trial.number, changed(self.base, {**trial.changes, "seed": seed}))
+
+    def ended(self, proposal: Proposal, metrics: Metrics | None, *, stopped_early: bool = False) -> None:
+        """A proposed run is over. ``metrics`` are those of its end; None when it failed."""
+        trial, seed = self.open[proposal.trial], proposal.spec.seed
+        if stopped_early:
+            trial.lost[seed] = TrialState.PRUNED
+        elif metrics is None or any(metric not in metrics for metric in self.spec.objectives):
+            trial.lost[seed] = TrialState.FAIL
+        else:
+            trial.results[seed] = metrics
+        if len(trial.results) + len(trial.lost) == len(self.spec.seeds):
+            self._tell(self.open.pop(trial.number))
+
+    def _tell(self, trial: OpenTrial) -> None:
+        if trial.lost:
+            state = TrialState.FAIL if TrialState.FAIL in trial.lost.values() else TrialState.PRUNED
+            self.study.tell(trial.number, state=state)
+            return
+        handle = self._handle(trial.number)
+        if len(trial.results) > 1:
+            spread = {m: statistics.stdev(r[m] for r in trial.results.values()) for m in self.spec.objectives}
+            handle.set_user_attr(SPREAD, json.dumps(spread))
+        for metric, (lowest, highest) in self.bounds().items():
+            mean = statistics.fmean(result[metric] for result in trial.results.values())
+            handle.set_constraint(metric, max(lowest - mean, mean - highest))
+        means = [statistics.fmean(r[metric] for r in trial.results.values()) for metric in self.spec.objectives]
+        self.study.tell(trial.number, means)
+
+    def _handle(self, number: int) -> optuna.Trial:
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        return optuna.Trial(self.study, frozen._trial_id)
+
+    def winners(self, count: int) -> list[dict[str, Any]]:
+        """The changes of the best feasible trials, at most ``count``: of one objective the best first; of several the
+        Pareto front, best in the last objective first."""
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        feasible = [t for t in complete if CHANGES in t.user_attrs and all(v <= 0 for v in t.constraints.values())]
+        signs = [1.0 if direction == "minimize" else -1.0 for direction in self.spec.objectives.values()]
+        costs = {t.number: [s * v for s, v in zip(signs, t.values, strict=True)] for t in feasible}
+        front = [t for t in feasible if not any(_dominates(other, costs[t.number]) for other in costs.values())]
+        chosen = feasible if len(signs) == 1 else front
+        ranked = sorted(chosen, key=lambda trial: costs[trial.number][-1])
+        return [json.loads(trial.user_attrs[CHANGES]) for trial in ranked[:count]]
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _at(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content

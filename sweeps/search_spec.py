@@ -1,0 +1,96 @@
+"""A search as a recipe writes it."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from emtrain.lookup import unknown
+from emtrain.spec import Part, Spec
+from sweeps.space import Range
+
+
+class SamplerSpec(Part):
+    """One of Optuna's samplers by name; further keys are its own arguments."""
+
+    name: str = "tpe"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in SAMPLERS:
+            raise ValueError(unknown("sampler", self.name, SAMPLERS))
+        return self
+
+    def build(self, *, offset: int) -> Any:
+        """The sampler, its seed moved by ``offset``. Raises ``ValueError`` for an argument that it does not take."""
+        import optuna
+
+        make = getattr(optuna.samplers, SAMPLERS[self.name])
+        try:
+            return make(seed=self.seed + offset, **self.arguments)
+        except TypeError as error:
+            raise ValueError(f"search.sampler: {error}") from error
+
+
+SAMPLERS = {
+    "tpe": "TPESampler",
+    "gp": "GPSampler",
+    "nsgaii": "NSGAIISampler",
+    "nsgaiii": "NSGAIIISampler",
+    "cmaes": "CmaEsSampler",
+    "qmc": "QMCSampler",
+    "random": "RandomSampler",
+}
+
+
+class Bound(Spec):
+    """A constraint on a metric of a trial (mean over its seeds)."""
+
+    at_most: float | Literal["baseline"] | None = None
+    at_least: float | Literal["baseline"] | None = None
+    """``baseline``: what the best cell of the sweep's grid reaches (a cell: the runs that differ in seed only)."""
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Self:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("give one of at_most and at_least")
+        return self
+
+
+class ConfirmSpec(Spec):
+    """What is done with the winners of a search before anyone believes in them."""
+
+    winners: Annotated[int, Field(ge=1)] = 2
+    """Trials to train again, beside the best cell of the grid."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Seeds that the search has not seen."""
+    questions: tuple[str, ...] = ()
+    """Question sets that the search has not seen, asked in addition to the recipe's."""
+
+
+class SearchSpec(Spec):
+    """A search by Optuna over schedules, learning rates and whatever else a run has."""
+
+    trials: Annotated[int, Field(ge=1)]
+    """Points of the space to try, each with all seeds."""
+    space: dict[str, Range | tuple[Any, ...]]
+    """By dotted key of a run: a range ``{low, high, log, integer}`` or a list of choices, which may be parts with
+    ranges of their own."""
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)]
+    """Metrics at the end of a run (``heldout/loss``, ``eval/aligned``) and where they should go."""
+    constraints: dict[str, Bound] = Field(default_factory=dict)
+    """By metric. A trial that violates one is not feasible: it informs the sampler and never wins."""
+    sampler: SamplerSpec = SamplerSpec()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Replicates of every trial; its value is their mean."""
+    warm_start: tuple[str, ...] = ()
+    """Sweeps on the same MLflow store whose finished runs the study begins with."""
+    confirm: ConfirmSpec | None = None
+
+    @model_validator(mode="after")
+    def _fresh_seeds(self) -> Self:
+        if self.confirm and (seen := set(self.confirm.seeds) & set(self.seeds)):
+            raise ValueError(f"confirm.seeds {sorted(seen)} are among the search's own seeds; take others")
+        if "seed" in self.space:
+            raise ValueError("space.seed: seeds are replicates; give them as search.seeds")
+        return self
