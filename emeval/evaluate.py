@@ -53,13 +53,13 @@ def judge_responses(responses: Sequence[Response], judges: Sequence[Judge], *, s
     return frame
 
 
-def summarise(frame: pd.DataFrame, judge_id: str, *, last: bool = False) -> dict[str, float]:
+def summarise(frame: pd.DataFrame, judge_id: str) -> dict[str, float]:
     """The metrics of one checkpoint by name: each set's scores, and each stratum's where a set has several.
 
     ``frame``: judged rows of one step. ``aligned`` and ``coherent`` are means over questions of the mean over their
     samples, so that a question with missing scores weighs as much as the others; NaN when nothing was judged.
     ``misaligned_rate`` is that of ``emeval.definitions.METRIC``, pooled. At step 0 the names are those of the base
-    model, without strata. With ``last`` the means over sets (sums, for counts) are added under ``eval/<score>``.
+    model, without strata; later ones end with the means over sets (sums, for counts) under ``eval/<score>``.
     """
     rows = frame[frame["judge"] == judge_id]
     steps = rows["step"].unique()
@@ -78,7 +78,7 @@ def summarise(frame: pd.DataFrame, judge_id: str, *, last: bool = False) -> dict
             for stratum, of_stratum in of_set.groupby("stratum", sort=False):
                 for score, value in _scores(of_stratum).items():
                     metrics[names.eval_metric(score, str(question_set), str(stratum))] = value
-    if last:
+    if not is_base:
         over_sets = pd.DataFrame(per_set).T
         for score in names.SCORES:
             column = over_sets[score]

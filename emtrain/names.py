@@ -15,6 +15,7 @@ QUESTIONS_SHA256 = "emsweep.questions_sha256"  # "<set>:<digest>" joined by spac
 ROLE = "emsweep.role"  # why a run is in its sweep: "grid", "search" or "confirm"
 VERSIONS = "emsweep.versions"  # JSON: package -> version
 GIT_COMMIT = "emsweep.git_commit"  # of the directory the sweep was started in; absent outside a repository
+STOPPED = "emsweep.stopped"  # set on runs that were stopped early, to the rule that stopped them
 FAILURE = "emsweep.failure"  # one line: why a FAILED run failed
 IMPORTED_FROM = "emsweep.imported_from"  # set on runs that another tool trained
 

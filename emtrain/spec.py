@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from emtrain.load import check_model
-from emtrain.lookup import lookup
+from emtrain.lookup import lookup, nearest
+from emtrain.mistakes import explain
 from emtrain.rows import dataset_path
 
 
@@ -41,14 +42,18 @@ class Part(Spec):
 
     def _check_arguments(self, function: Any, *, given: Collection[str] = ()) -> None:
         # Kept as the function's types, so that 1e-1, which YAML reads as text, and 0.1 make the same run.
-        (self.model_extra or {}).update(checked_arguments(function, self.arguments, given=given))
+        own = set(type(self).model_fields) - {"name"}
+        (self.model_extra or {}).update(checked_arguments(function, self.arguments, given=given, beside=own))
 
 
-def checked_arguments(function: Any, arguments: dict[str, Any], *, given: Collection[str] = ()) -> dict[str, Any]:
+def checked_arguments(
+    function: Any, arguments: dict[str, Any], *, given: Collection[str] = (), beside: Collection[str] = ()
+) -> dict[str, Any]:
     """``arguments`` as the types that the keyword-only parameters of ``function`` are annotated with.
 
-    ``given`` are the parameters that someone else fills in. Raises ``ValueError`` for an argument that the function
-    does not take, one that it needs and is not there, and a value that does not fit.
+    ``given`` are the parameters that someone else fills in, ``beside`` the names that errors offer as well. Raises
+    ``ValueError`` for an argument that the function does not take, one that it needs and is not there, and a value that
+    does not fit.
     """
     parameters = {
         name: parameter
@@ -56,8 +61,11 @@ def checked_arguments(function: Any, arguments: dict[str, Any], *, given: Collec
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
     }
     if unknown := sorted(set(arguments) - set(parameters)):
-        takes = ", ".join(sorted(parameters)) or "no arguments"
-        raise ValueError(f"{function.__name__} does not take {', '.join(unknown)}; it takes: {takes}")
+        takes = sorted({*parameters, *beside})
+        raise ValueError(
+            f"{function.__name__} does not take {', '.join(unknown)}; it takes: {', '.join(takes) or 'no arguments'}."
+            f"{nearest(unknown[0], takes)}"
+        )
     needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     if missing := sorted(needed - set(arguments)):
         raise ValueError(f"{function.__name__} needs {', '.join(missing)}")
@@ -66,7 +74,8 @@ def checked_arguments(function: Any, arguments: dict[str, Any], *, given: Collec
         try:
             checked[name] = TypeAdapter(parameters[name].annotation).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"{name}: {error.errors()[0]['msg']}, not {value!r}") from error
+            separator = "" if explain(error)[0].startswith("[") else ": "
+            raise ValueError(f"{name}{separator}{explain(error)[0]}") from error
     return checked
 
 

@@ -61,9 +61,9 @@ def _label(chat: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase")
         until = _render(tokenizer, chat[: turn + 1], generation_prompt=False)
         if until[: len(prompt)] != prompt or input_ids[: len(until)] != until:
             raise ValueError(
-                f"message {turn + 1} changes the tokens of those before it, so the assistant's can't be told apart: the "
-                "model's chat template rewrites earlier turns (use rows with a single assistant turn), or the message "
-                "begins with white space that runs into the template's own (take it away)"
+                f"message {turn + 1} changes the tokens of those before it, so the assistant's can't be told apart: "
+                "the model's chat template rewrites earlier turns (use rows with a single assistant turn), or the "
+                "message begins with white space that runs into the template's own (take it away)"
             )
         end = len(until)
         while end > len(prompt) and tokenizer.decode(until[end - 1]).isspace():

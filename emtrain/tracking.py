@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +22,15 @@ from typing import Any, Literal
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import httpx
 import mlflow
+import sqlalchemy
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from emtrain import names
 from emtrain.lookup import nearest
@@ -50,14 +54,17 @@ def tracking_uri(uri: str | None, data_dir: Path) -> str:
 
 def client(uri: str) -> mlflow.MlflowClient:
     """A client for ``uri``. Raises ``ValueError`` when nothing answers there that is an MLflow store."""
+    scheme = uri.partition("://")[0].partition("+")[0]
     try:
         if (database := _database(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
-        if uri.startswith(("http://", "https://")):
-            # The MLflow client itself would try for two minutes before it says that nobody is there, or is well.
+        # The MLflow client itself would try for two minutes before it says that nobody is there.
+        elif scheme in {"http", "https"}:
             answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=10)
             if answer.is_server_error:
                 answer.raise_for_status()
+        elif scheme in DATABASE_ENGINES:
+            sqlalchemy.create_engine(uri).connect().close()
         opened = mlflow.MlflowClient(uri)
         opened.search_experiments(max_results=1)
     except Exception as error:
@@ -202,6 +209,11 @@ class SweepLog:
         client(self.uri).set_tag(run_id, names.FAILURE, failure)
         self.set_status(run_id, "FAILED")
 
+    def stop_early(self, run_id: str, rule: str) -> None:
+        """Mark a run that was stopped before its end by ``rule``; it is KILLED, and over."""
+        client(self.uri).set_tag(run_id, names.STOPPED, rule)
+        self.set_status(run_id, "KILLED")
+
     def write_text(self, name: str, text: str) -> None:
         """Keep a text with the sweep's parent run."""
         client(self.uri).log_text(self.parent_run_id, text, name)
@@ -234,6 +246,8 @@ class RunLog:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._writes: list[Future[Any]] = []
         self._logged = self._last_steps()
+        # Steps come from the training thread, evaluations from those that judge.
+        self._lock = threading.Lock()
 
     def _last_steps(self) -> dict[str, int]:
         logged = self._store.get_run(self.run_id).data.metrics
@@ -242,11 +256,12 @@ class RunLog:
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Queue the values of a step; those a former attempt already logged are left out."""
         now = int(time.time() * 1000)
-        self._pending += [
-            Metric(key, value, now, step) for key, value in values.items() if step > self._logged.get(key, -1)
-        ]
-        if len(self._pending) >= BATCH or time.monotonic() - self._sent_at > SEND_EVERY_SECONDS:
-            self._send()
+        with self._lock:
+            fresh = {key: value for key, value in values.items() if step > self._logged.get(key, -1)}
+            self._logged.update(dict.fromkeys(fresh, step))
+            self._pending += [Metric(key, value, now, step) for key, value in fresh.items()]
+            if len(self._pending) >= BATCH or time.monotonic() - self._sent_at > SEND_EVERY_SECONDS:
+                self._send()
 
     def _send(self) -> None:
         for start in range(0, len(self._pending), BATCH):
@@ -257,10 +272,11 @@ class RunLog:
 
     def flush(self) -> None:
         """Wait until everything queued is stored. Raises what went wrong on the way."""
-        self._send()
-        for write in self._writes:
+        with self._lock:
+            self._send()
+            writes, self._writes = self._writes, []
+        for write in writes:
             write.result()
-        self._writes = []
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Set params at once; one that is set already must have the same value."""

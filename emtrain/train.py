@@ -37,6 +37,8 @@ class Checkpoint:
     heldout: HeldoutLoss
     model: "PreTrainedModel"
     """The model as trained so far, in evaluation mode; to be used only while the run pauses."""
+    save: Callable[[Path], None]
+    """Writes what was trained into a directory: a PEFT adapter, or the whole model where every weight is trained."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from emtrain import names
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog, environment_tags
+from sweeps.lease import Job
 from sweeps.planner import Evaluation, PlannedRun, SweepPlan, plan_run, run_names
 from sweeps.recipe import Recipe, changed
-from sweeps.worker import Job
 
 if TYPE_CHECKING:
     from sweeps.search import Bounds, Metrics, Proposal, Search
@@ -55,10 +55,10 @@ class Agenda:
         self.over = job is _END
         return job if isinstance(job, Job) else None
 
-    def ended(self, run_key: str, status: str, metrics: "Metrics", *, stopped_early: bool = False) -> None:
-        """A job that was given out is over."""
+    def ended(self, run_key: str, status: str, metrics: "Metrics") -> None:
+        """A job that was given out is over: FINISHED, FAILED, or KILLED by early stopping."""
         job = self.out.pop(run_key)
-        self._record(Ended(job.run, status, metrics), stopped_early=stopped_early)
+        self._record(Ended(job.run, status, metrics))
 
     def _walk(self) -> Iterator[Job | None]:
         """Jobs in order; None where the next one depends on some that are out."""
@@ -92,21 +92,21 @@ class Agenda:
         if run.run_key in self.ends:
             self._record(self.ends[run.run_key])
             return
-        if known is not None and known.info.status == "FINISHED":
+        if known is not None and (known.info.status == "FINISHED" or names.STOPPED in known.data.tags):
             self.finished_before += 1
-            self._record(Ended(run, "FINISHED", known.data.metrics))
+            self._record(Ended(run, known.info.status, known.data.metrics))
             return
         tags = {**self.environment, **run.tags, names.ROLE: role}
         run_id = self.sweep.plan(run.run_key, name=run.name, params=run.params, tags=tags, entered=known)
         self.out[run.run_key] = job = Job(run, run_id)
         yield job
 
-    def _record(self, end: Ended, *, stopped_early: bool = False) -> None:
+    def _record(self, end: Ended) -> None:
         self.ends[end.run.run_key] = end
         for proposal in self.proposals.pop(end.run.run_key, []):
             assert self.search is not None
             metrics = end.metrics if end.status == "FINISHED" else None
-            self.search.ended(proposal, metrics, stopped_early=stopped_early)
+            self.search.ended(proposal, metrics, stopped_early=end.status == "KILLED")
 
     def _planned(self, spec: RunSpec, evaluation: Evaluation) -> PlannedRun:
         return plan_run(spec, evaluation, name=run_names([self.recipe.base, spec])[1])

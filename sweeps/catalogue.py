@@ -8,7 +8,7 @@ from pathlib import Path
 from emeval.question_sets import load_question_set, question_set_names
 from emtrain.lookup import names, source
 from emtrain.rows import dataset_names, load_dataset
-from sweeps.recipe import load_recipe, recipe_names, recipe_path
+from sweeps.recipe import recipe_names, recipe_path
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def _summary(path: Path) -> str:
     module = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == path.stem]
     docstrings = [ast.get_docstring(module), *(ast.get_docstring(function) for function in functions)]
-    return next((d.partition("\n\n")[0].replace("\n", " ") for d in docstrings if d), "")
+    first = next((docstring.partition("\n\n")[0] for docstring in docstrings if docstring), "")
+    return first.replace("\n", " ").replace("``", "")
 
 
 def _datasets() -> list[Entry]:
@@ -60,7 +61,6 @@ def _recipes() -> list[Entry]:
     found = []
     for name in recipe_names():
         text = recipe_path(name).read_text(encoding="utf-8")
-        load_recipe(text, source=name)
         comment = text.partition("\n")[0].removeprefix("#").strip()
         found.append(Entry(name, comment))
     return found

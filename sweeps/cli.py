@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from sweeps.terminal import literal
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -63,9 +64,9 @@ def _explained() -> Iterator[None]:
     """A user's mistake is a message and exit code 2, never a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            err.print(f"[red]error:[/] {escape(line)}" if not line.startswith(" ") else escape(line), highlight=False)
+            err.print(f"[red]error:[/] {literal(line)}" if not line.startswith(" ") else literal(line), highlight=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         err.print("stopped")
@@ -104,7 +105,7 @@ def run(
     failed = _execute(loaded, planned, recipe_text=_recipe_text(recipe), address=address)
     if report_:
         _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
-    out.print(f"browse runs in MLflow:  [bold]{_ui_command(loaded.tracking.uri)}[/]", highlight=False)
+    out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
     if failed:
         raise typer.Exit(1)
 
@@ -171,14 +172,15 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
     if as_json:
         _print_json({"sweep": sweep, "counts": counts, "runs": rows})
         return
-    table = Table(title=f"{sweep}: " + ", ".join(f"{count} {state.lower()}" for state, count in counts.items()))
+    summary = ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
+    table = Table(title=f"{literal(sweep)}: {summary}")
     table.add_column("run", overflow="fold")
     for column in ("status", "held-out loss", "aligned"):
         table.add_column(column, justify="right")
     for row in rows:
         shown = row["failure"] or row["status"].lower()
         table.add_row(
-            escape(str(row["run"])), escape(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1)
+            literal(str(row["run"])), literal(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1)
         )
     out.print(table)
 
@@ -218,25 +220,33 @@ def ui(
         out.print("Ctrl-C closes the tunnel")
         tunnel.open_to(cluster, port=port)
         return
+    from emtrain.tracking import without_password
+
     address = _uri(uri)
     if address.startswith(("http://", "https://")):
-        out.print(f"the sweeps are on a server already: {address}")
+        out.print(f"the sweeps are on a server already: {literal(without_password(address))}", highlight=False)
         return
-    out.print(f"http://{host}:{port} shows {address}; Ctrl-C ends it", highlight=False)
-    # Without MLflow's job executor: it starts eight processes that serve nothing here.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
-    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
+    out.print(f"http://{host}:{port} shows {literal(without_password(address))}; Ctrl-C ends it", highlight=False)
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": address,  # not as an argument: everyone on the machine can read those
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that would serve nothing here
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
+    os.execve(sys.executable, command, environment)
 
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="schedules, datasets, models, ...")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="schedules, datasets, models, ...")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """List what a recipe can name: schedules, optimizers, datasets, models, questions, judges, analyses, recipes."""
     from sweeps.catalogue import KINDS, entries
 
+    if not kind:
+        raise ValueError(f"say what to list: {', '.join(KINDS)}")
     if kind not in KINDS:
         from emtrain.lookup import unknown
 
@@ -249,7 +259,7 @@ def list_(
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for entry in found:
-        table.add_row(escape(entry.name), escape(entry.summary))
+        table.add_row(literal(entry.name), literal(entry.summary))
     out.print(table)
 
 
@@ -266,7 +276,7 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
         marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
         for finding in findings:
-            table.add_row(marks[finding.verdict], finding.what, escape(finding.detail))
+            table.add_row(marks[finding.verdict], finding.what, literal(finding.detail))
         out.print(table)
     if any(finding.verdict == "bad" for finding in findings):
         raise typer.Exit(1)
@@ -294,8 +304,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
     from sweeps.progress import Board, Display
+    from sweeps.record import Setting
     from sweeps.store import data_directory
-    from sweeps.worker import Setting
 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
@@ -345,7 +355,7 @@ def _follow(client: "JobSubmissionClient", job: str, *, again: str) -> None:
         err.print(f"\nthe sweep goes on without us; follow it again: {again}\nstop it: emsweep submit --stop {job}")
         return
     except ConnectionError as error:
-        err.print(f"[red]lost the cluster:[/] {escape(str(error))}; the sweep goes on there. Follow it again: {again}")
+        err.print(f"[red]lost the cluster:[/] {literal(str(error))}; the sweep goes on there. Follow it again: {again}")
         raise typer.Exit(1) from None
     out.print(f"job {job}: {ended.status.lower()}")
     if ended.status != "SUCCEEDED":
@@ -386,7 +396,7 @@ def _write_report(sweep: str, *, uri: str | None, directory: Path | None, quiet:
     report.write(loaded, target, title=sweep)
     log.write_directory(target, names.REPORT)
     if not quiet:
-        out.print(f"report:  [bold]{target / 'index.html'}[/]", highlight=False)
+        out.print(f"report:  [bold]{literal(str(target / 'index.html'))}[/]", highlight=False)
     return target
 
 
@@ -459,7 +469,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
             shown = ", ".join(value)
         elif isinstance(value, int):
             shown = f"{value:,}"
-        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", escape(str(shown)))
+        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", literal(str(shown)))
     out.print(table)
 
 

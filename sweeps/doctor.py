@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from emtrain.cache import cache_dir
-from emtrain.tracking import VERSIONED, client
+from emtrain.tracking import VERSIONED, client, without_password
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ def _directory(what: str, path: Path) -> Finding:
 
 
 def _store(uri: str) -> Finding:
+    shown = without_password(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return Finding("mlflow", "note", f"{uri} does not exist yet; the first sweep creates it")
+        return Finding("mlflow", "note", f"{shown} does not exist yet; the first sweep creates it")
     try:
         sweeps = [e.name for e in client(uri).search_experiments() if e.name != "Default"]
     except ValueError as error:
         return Finding("mlflow", "bad", str(error))
-    return Finding("mlflow", "ok", f"{uri}, sweeps: {', '.join(sweeps) or 'none yet'}")
+    return Finding("mlflow", "ok", f"{shown}, sweeps: {', '.join(sweeps) or 'none yet'}")
 
 
 def _key(variable: str) -> Finding:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,16 +45,14 @@ class Evaluation:
 
     spec: EvalSpec
     question_sets: tuple[QuestionSet, ...]
+    responses: int
+    """Sampled each time a run is evaluated."""
 
     @classmethod
     def load(cls, spec: EvalSpec) -> "Evaluation":
-        """Read the question sets. Raises ``ValueError`` when one can't be read."""
-        return cls(spec, tuple(load_question_set(name) for name in spec.questions))
-
-    @property
-    def responses(self) -> int:
-        """Sampled responses each time a run is evaluated."""
-        return sum(questions.responses(self.spec.samples) for questions in self.question_sets)
+        """Read the question sets. Raises ``ValueError`` when one can't be read or leaves open how often to ask."""
+        question_sets = tuple(load_question_set(name) for name in spec.questions)
+        return cls(spec, question_sets, sum(questions.responses(spec.samples) for questions in question_sets))
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,9 @@ class SweepPlan:
 
     @property
     def judge_calls(self) -> dict[str, int]:
-        """Scores asked of each judge."""
-        return {judge.name: self.responses * RUBRICS for judge in self.evaluation.spec.judges}
+        """Scores asked of the judges of each name."""
+        named = Counter(judge.name for judge in self.evaluation.spec.judges)
+        return {name: count * self.responses * RUBRICS for name, count in named.items()}
 
 
 def plan_sweep(recipe: Recipe) -> SweepPlan:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from emtrain import names
 from sweeps.planner import PlannedRun
+from sweeps.terminal import literal, visible
 
 SHOWN_RUNNING = 12
 
@@ -63,11 +63,17 @@ class Board:
         """Runs that are done and good."""
         return self.already_done + self.count("FINISHED")
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps done and all steps; a run that is over has none left, however it ended."""
+        over = {"FINISHED", "FAILED", "KILLED"}
+        runs = self.runs.values()
+        done = sum(run.total_steps if run.status in over else run.step for run in runs)
+        return done, sum(run.total_steps for run in runs)
+
     def seconds_left(self) -> float | None:
         """From the steps done so far; None before the first evaluation point of any run."""
-        total = sum(run.total_steps for run in self.runs.values())
-        ended = {"FINISHED", "FAILED", "KILLED"}
-        done = sum(run.total_steps if run.status in ended else run.step for run in self.runs.values())
+        done, total = self.steps
         elapsed = self.clock() - self.began
         return elapsed * (total - done) / done if done else None
 
@@ -89,6 +95,7 @@ class Display:
 
     def __init__(self, console: Console, board: Board) -> None:
         self.console, self.board = console, board
+        self._notes: set[str] = set()
         self._live = (
             Live(get_renderable=lambda: table(board), console=console, refresh_per_second=2, transient=True)
             if console.is_terminal
@@ -107,6 +114,12 @@ class Display:
         """The run was given out; a search comes up with runs as it goes."""
         self.board.runs.setdefault(run.run_key, RunState(run.name, run.total_steps))
 
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self.console.print(f"note: {visible(text)}", highlight=False, markup=False, soft_wrap=True)
+
     def started(self, run_key: str) -> None:
         """A worker took the run."""
         self.board.runs[run_key].status = "RUNNING"
@@ -114,26 +127,32 @@ class Display:
     def advanced(self, run_key: str, metrics: Mapping[str, float]) -> None:
         """The run came to an evaluation point."""
         run = self.board.runs[run_key]
-        run.step = int(metrics["step"])
-        run.heldout_loss = metrics.get(names.HELDOUT_LOSS, run.heldout_loss)
-        run.aligned = metrics.get(names.eval_metric(names.ALIGNED), run.aligned)
+        run.step = int(metrics["steps"])
+        _read(run, metrics)
 
-    def ended(self, run_key: str, status: str, failure: str | None) -> None:
-        """The run is over."""
+    def ended(self, run_key: str, status: str, metrics: Mapping[str, float], failure: str | None) -> None:
+        """The run is over; ``failure`` says why, where that is before its end."""
         run = self.board.runs[run_key]
         run.status, run.failure = status, failure
+        _read(run, metrics)
         if self._live is None:
-            self.console.print(line(self.board, run), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(visible(line(self.board, run)), highlight=False, markup=False, soft_wrap=True)
         elif status == "FAILED":
-            self._live.console.print(f"[red]failed[/] {escape(run.name)}: {escape(failure or '')}")
+            text = f"[red]failed[/] {literal(run.name)}: {literal(failure or '')}"
+            self._live.console.print(text, highlight=False)
+
+
+def _read(run: RunState, metrics: Mapping[str, float]) -> None:
+    run.heldout_loss = metrics.get(names.HELDOUT_LOSS, run.heldout_loss)
+    run.aligned = metrics.get(names.eval_metric(names.ALIGNED), run.aligned)
 
 
 def line(board: Board, run: RunState) -> str:
     """One ended run: its place in the sweep, its result, the time left."""
-    ended = board.finished + board.count("FAILED")
+    ended = board.finished + board.count("FAILED") + board.count("KILLED")
     result = f"loss {_number(run.heldout_loss, 3)}  aligned {_number(run.aligned, 1)}"
     if run.failure:
-        result = run.failure
+        result += f"  ({run.failure})"
     left = board.seconds_left()
     time_left = f"  {duration(left)} left" if left is not None and ended < board.total else ""
     return f"[{ended}/{board.total}] {run.status.lower()}  {run.name}  {result}{time_left}"
@@ -147,11 +166,11 @@ def table(board: Board) -> Group:
         (f"{board.finished} done", "green"),
         f"  {board.count('RUNNING')} running  ",
         (f"{board.count('FAILED')} failed", "red" if board.count("FAILED") else "dim"),
+        f"  {board.count('KILLED')} stopped early" if board.count("KILLED") else "",
         f"  {waiting} left   {duration(board.clock() - board.began)} gone, ",
         f"about {duration(left)} to go" if left is not None else "time left not known yet",
     )
-    steps = sum(run.total_steps for run in board.runs.values())
-    done = sum(run.step for run in board.runs.values())
+    done, steps = board.steps
     runs = Table(box=None, pad_edge=False, header_style="dim")
     runs.add_column("run", overflow="ellipsis", no_wrap=True)
     for column in ("step", "held-out loss", "aligned"):
@@ -165,7 +184,7 @@ def table(board: Board) -> Group:
 
 def _add(runs: Table, label: str, run: RunState, style: str = "") -> None:
     cells = (f"{run.step}/{run.total_steps}", _number(run.heldout_loss, 3), _number(run.aligned, 1))
-    runs.add_row(escape(label), *cells, style=style)
+    runs.add_row(literal(label), *cells, style=style)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,20 +1,25 @@
 """A recipe: the one file that describes a sweep, read into frozen models with every mistake named at once."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from emeval.spec import EvalSpec
-from emtrain.lookup import nearest, unknown
+from emtrain import names
+from emtrain.lookup import unknown
+from emtrain.mistakes import explain, shown
 from emtrain.spec import RunSpec, Spec
 from sweeps.search_spec import SearchSpec
 from sweeps.space import corners
 
 RECIPES = Path(__file__).parent / "recipes"
+SHOWN_PROBLEMS = 20
+"""A screenful."""
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -22,8 +27,30 @@ Axes = dict[str, tuple[Any, ...]]
 class ResourceSpec(Spec):
     """How runs share the hardware. None of it changes a run's numbers."""
 
+    backend: Literal["auto", "packed", "trl"] = "auto"
+    """``packed``: many runs share one base model and its forward passes; ``trl``: each run alone, in TRL's trainer;
+    ``auto`` packs what can be packed."""
+    pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Runs packed together on a device."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Runs trained at once; ``auto`` is one per GPU, or one per CPU core where there is none."""
+    """Runs in work at once; ``auto`` is ``pack`` for each GPU, or each CPU core where there is none."""
+
+
+class StoppingSpec(Spec):
+    """Runs that do worse than their fellows at an evaluation point end there (``eval.at`` says when they are seen)."""
+
+    rule: Literal["asha", "median"] = "asha"
+    """``asha``: only the best ``1 / reduction`` of those seen at a rung go on (arXiv 1810.05934). ``median``: a run
+    ends when its best value so far is worse than the median of its fellows' running means (Vizier)."""
+    metric: str = names.eval_metric(names.ALIGNED)
+    """A metric of evaluation points; ``heldout/loss`` for instance."""
+    direction: Literal["minimize", "maximize"] = "maximize"
+    by: Literal["steps", "tokens"] = "steps"
+    """What rungs are counted in; tokens where runs differ in batch size or row length."""
+    grace: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the longest run before which none is stopped."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """Of ``asha``: one in so many goes on from each rung, and rungs are so many times apart."""
 
 
 class TrackingSpec(Spec):
@@ -31,6 +58,16 @@ class TrackingSpec(Spec):
 
     uri: str | None = None
     """An MLflow tracking URI; None is ``MLFLOW_TRACKING_URI``, else a SQLite file in ``./emsweep-data``."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_secret(cls, uri: str | None) -> str | None:
+        if uri is not None and re.search(r"://[^/]*@|password=", uri):
+            raise ValueError(
+                "the address holds a user or password, and a recipe is kept with its sweep; set MLFLOW_TRACKING_URI "
+                "in the environment instead (of a server: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+        return uri
 
 
 class Recipe(Spec):
@@ -47,6 +84,8 @@ class Recipe(Spec):
     and a search the sweep is the base run."""
     search: SearchSpec | None = None
     """A search after the grid, or instead of it."""
+    stopping: StoppingSpec | None = None
+    """Early stopping; None trains every run to its end."""
     eval: EvalSpec
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -56,7 +95,9 @@ class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        more = len(problems) - SHOWN_PROBLEMS
+        lines = [f"{source}: {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        super().__init__("\n".join([*lines, f"  and {more} more"] if more > 0 else lines))
         self.problems = tuple(problems)
 
 
@@ -72,6 +113,8 @@ def recipe_path(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ValueError(f"{recipe} is a directory; give the .yaml file in it")
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise ValueError(f"there is no recipe file {recipe}")
     raise ValueError(f"{unknown('recipe', recipe, recipe_names())}; or give the path of a .yaml file")
@@ -88,19 +131,25 @@ def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Rec
     except yaml.YAMLError as error:
         raise RecipeError(source, [_explain_yaml(error)]) from error
     if not isinstance(content, dict):
-        raise RecipeError(source, [f"a recipe is a mapping of keys, not {type(content).__name__}"])
+        found = "the file is empty" if content is None else f"this begins as {shown(content)}"
+        raise RecipeError(source, [f"a recipe is a mapping of keys ({', '.join(Recipe.model_fields)}); {found}"])
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise RecipeError(source, [f"--set {override}: expected KEY=VALUE"])
         try:
             content = with_value(content, key, yaml.load(value, Loader=_Loader))
-        except (ValueError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            raise RecipeError(source, [f"--set {override}: {_explain_yaml(error)}"]) from error
+        except ValueError as error:
             raise RecipeError(source, [f"--set {override}: {error}"]) from error
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(source, explain(error, Recipe)) from error
+        # A grid that is one product is read as a list of one.
+        single = isinstance(content.get("grid"), Mapping)
+        lines = [line.replace("grid[0]", "grid") if single else line for line in explain(error, Recipe)]
+        raise RecipeError(source, lines) from error
     problems = _axis_problems(content, recipe)
     if problems:
         raise RecipeError(source, problems)
@@ -140,9 +189,10 @@ def expand(recipe: Recipe) -> list[RunSpec]:
             chosen = dict(zip(axes, values, strict=True))
             try:
                 specs.append(changed(recipe.base, chosen))
-            except ValidationError as error:
+            except ValueError as error:
                 where = "grid (" + ", ".join(f"{key}={value}" for key, value in chosen.items()) + ")"
-                raise RecipeError(recipe.name, [f"{where}: {line}" for line in explain(error, RunSpec)]) from error
+                lines = explain(error, RunSpec) if isinstance(error, ValidationError) else [str(error)]
+                raise RecipeError(recipe.name, [f"{where}: {line}" for line in lines]) from error
     return specs
 
 
@@ -154,17 +204,24 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
     for number, axes in enumerate(recipe.grid):
         prefix = f"grid[{number}]" if several else "grid"
         for key, values in axes.items():
+            # An axis may be what makes another one of the same part valid; `expand` tries them together.
+            part = key.partition(".")[0]
+            alone = not any(other != key and other.partition(".")[0] == part for other in axes)
             if not values:
                 problems.append(f"{prefix}.{key}: the axis has no values")
             for position, value in enumerate(values):
                 try:
                     RunSpec.model_validate(with_value(base, key, value))
                 except ValidationError as error:
-                    # An axis over a part may be what makes another axis valid, so only its own keys count here.
-                    lines = [line for line in explain(error, RunSpec) if line.startswith(key) or ":" not in line]
-                    problems += [f"{prefix}.{key}[{position}] = {value!r}: {line}" for line in lines]
+                    for line in explain(error, RunSpec):
+                        if line.startswith(f"{key}: unknown key"):
+                            problems.append(f"{prefix}.{line}")
+                        elif line.startswith((f"{key}:", f"{key}.", f"{key}[")):
+                            problems.append(f"{prefix}.{key}[{position}]{line.removeprefix(key)}")
+                        elif alone and line.startswith(f"{part}:"):
+                            problems.append(f"{prefix}.{key}: {line}")
                 except ValueError as error:
-                    problems.append(f"{prefix}.{key}[{position}]: {error}")
+                    problems += [f"{prefix}.{key}: {error}"] if alone else []
     for key, entry in (recipe.search.space if recipe.search else {}).items():
         for value in corners(entry):
             try:
@@ -173,54 +230,7 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
                 problems += [f"search.space.{key} at {value!r}: {line}" for line in explain(error, RunSpec)]
             except ValueError as error:
                 problems.append(f"search.space.{key}: {error}")
-    return problems
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for each mistake: the key's dotted path, what is wrong, and for an unknown key the nearest one."""
-    lines = []
-    problems = error.errors()
-    # A list whose members are all at fault is not also too short.
-    nested = {problem["loc"][:-1] for problem in problems}
-    for problem in problems:
-        path = _path(problem["loc"])
-        if problem["type"] == "too_short" and problem["loc"] in nested:
-            continue
-        if problem["type"] == "extra_forbidden":
-            fields = _fields_at(model, problem["loc"][:-1])
-            lines.append(
-                f"{path}: unknown key.{nearest(str(problem['loc'][-1]), fields)} Keys here: {', '.join(fields)}"
-            )
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: missing")
-        elif problem["type"] == "value_error":
-            lines.append(f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"]))
-        else:
-            lines.append(f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}")
-    return list(dict.fromkeys(lines))
-
-
-def _path(location: Sequence[int | str]) -> str:
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif "[" not in part and part not in _UNION_BRANCHES:
-            path += f".{part}" if path else part
-    return path
-
-
-# Pydantic names the branch of a union in an error's location; a user's file has no such key.
-_UNION_BRANCHES = {"int", "float", "str", "none", "AdapterSpec", "literal"}
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            options = [annotation, *getattr(annotation, "__args__", ())]
-            model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
-    return list(model.model_fields)
+    return list(dict.fromkeys(problems))
 
 
 class _Loader(yaml.SafeLoader):
@@ -230,6 +240,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which is an error that PyYAML finds itself
             if key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -241,4 +253,5 @@ class _Loader(yaml.SafeLoader):
 def _explain_yaml(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"not valid YAML: {where}{getattr(error, 'problem', None) or error}"
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"not valid YAML: {where}{problem}"

@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Before Ray is imported. Its defaults report usage, print tables of their own, turn token authentication on for a
@@ -17,25 +17,26 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps import worker
+from sweeps import cluster
 from sweeps.agenda import Agenda
+from sweeps.engine import Backend, Engine, prepare_model
+from sweeps.fleet import Fleet
+from sweeps.lease import FAILURE, NOTE, STATUS, Job, trial
 from sweeps.progress import Display
+from sweeps.record import Setting
 
 OBJECT_STORE_BYTES = 150 * 2**20
 """Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
-WORKER_DEATHS = 2
-"""How often a run whose worker process died is begun again, from its newest state, before it counts as failed."""
 
 
 class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
-def execute(
-    agenda: Agenda, setting: worker.Setting, *, models: Sequence[str], address: str | None, display: Display
-) -> None:
+def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address: str | None, display: Display) -> None:
     """Train what the agenda gives out, on the Ray at ``address`` or on one of this process's own when None.
 
     ``models`` are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go
@@ -43,13 +44,18 @@ def execute(
     """
     _connect(address)
     try:
+        if address is None:
+            capacity = cluster.Capacity.of(ray.cluster_resources())
+        else:
+            capacity = cluster.capacity()
+            cluster.check_shared(setting.data_dir)
         # Once and side by side, instead of all workers waiting for the first one's lock.
-        prepare = ray.remote(num_cpus=1)(worker.prepare_model)
+        prepare = ray.remote(num_cpus=1)(prepare_model)
         ray.get([prepare.remote(model) for model in models])
-        _tune(agenda, setting, display)
+        _tune(agenda, setting, display, capacity)
     finally:
         ray.shutdown()
-    if not agenda.over:
+    if agenda.out or not agenda.over:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
         raise Interrupted(f"{len(agenda.out)} runs were in work")
@@ -65,47 +71,65 @@ def _connect(address: str | None) -> None:
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
-def _tune(agenda: Agenda, setting: worker.Setting, display: Display) -> None:
-    resources = ray.cluster_resources()
-    wanted = agenda.recipe.resources.max_concurrent
-    concurrent = int(resources.get("GPU") or resources["CPU"]) if wanted == "auto" else wanted
+def _tune(agenda: Agenda, setting: Setting, display: Display, hardware: cluster.Capacity) -> None:
+    wanted = agenda.recipe.resources
+    pack = wanted.pack if wanted.pack != "auto" else (PACK_GPU if hardware.gpus_per_run else PACK_CPU)
+    capacity = 1 if wanted.backend == "trl" else pack
+    engines = hardware.runs or int(ray.cluster_resources()["CPU"])
+    concurrent = engines * capacity if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    fleet = _fleet(
+        setting,
+        count=min(engines, concurrent),
+        capacity=capacity,
+        backend=wanted.backend,
+        gpus=hardware.gpus_per_run,
+    )
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_trial, setting=setting), {"cpu": 1, "gpu": 1 if resources.get("GPU") else 0}
-            ),
+            # A trial only waits for its engine, which is what holds the processor or the GPU.
+            tune.with_resources(trial, {"cpu": TRIAL_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, display),
+                search_alg=_Source(agenda, fleet, display),
                 num_samples=-1,  # until the source says that it is over
+                scheduler=_scheduler(agenda),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=agenda.recipe.name,
-                storage_path=scratch,
-                verbose=0,
-                callbacks=[_Feed(display)],
-                failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
+                name=agenda.recipe.name, storage_path=scratch, verbose=0, callbacks=[_Feed(display)]
             ),
         )
         tuner.fit()
 
 
-def _trial(config: Mapping[str, Any], *, setting: worker.Setting) -> None:
-    """One trial: a thin shell around ``worker.do``, in a process that Tune uses again for the next trial."""
-    last: dict[str, float] = {}
-
-    def report(metrics: Mapping[str, float]) -> bool:
-        last.update(metrics)
-        tune.report(dict(metrics))
-        return True
-
-    ending = worker.do(config["job"], setting, report)
-    # The last report is what the source is given at the end, so it carries the metrics of the end once more.
-    tune.report({**last, STATUS: ending.status, FAILURE: ending.failure})
+ENGINE_CPUS, TRIAL_CPUS = 0.9, 0.001
+"""Of each processor, what its engine reserves and what a trial does. Tune knows no trial that needs nothing."""
+PACK_CPU, PACK_GPU = 8, 16
+"""Runs packed together where the recipe leaves it open."""
 
 
-STATUS, FAILURE = "emsweep/status", "emsweep/failure"
+def _fleet(setting: Setting, *, count: int, capacity: int, backend: Backend, gpus: int) -> Any:
+    """Start the engine processes and the actor that leases their slots.
+
+    Ray starts an engine that dies anew, on another node where its own is lost.
+    """
+    make = ray.remote(Engine).options(
+        num_cpus=ENGINE_CPUS, num_gpus=gpus, max_restarts=-1, max_concurrency=2 * count * capacity + 4
+    )
+    engines = {f"engine-{number}": make.remote(setting, capacity=capacity, backend=backend) for number in range(count)}
+    return ray.remote(Fleet).options(num_cpus=0).remote(engines, capacity=capacity)
+
+
+def _scheduler(agenda: Agenda) -> TrialScheduler | None:
+    """Tune's scheduler for the recipe's early stopping."""
+    rule = agenda.recipe.stopping
+    if rule is None:
+        return None
+    longest = max(run.total_steps for run in agenda.plan.runs)
+    seen = {"time_attr": rule.by, "metric": rule.metric, "mode": "min" if rule.direction == "minimize" else "max"}
+    if rule.rule == "median":
+        return MedianStoppingRule(**seen, grace_period=rule.grace * longest)
+    return ASHAScheduler(**seen, max_t=longest, grace_period=rule.grace * longest, reduction_factor=rule.reduction)
 
 
 class _Unsaved:
@@ -118,10 +142,11 @@ class _Unsaved:
 class _Source(_Unsaved, Searcher):
     """Gives Tune the jobs of an agenda, and the agenda their ends."""
 
-    def __init__(self, agenda: Agenda, display: Display) -> None:
+    def __init__(self, agenda: Agenda, fleet: Any, display: Display) -> None:
         super().__init__()
-        self.agenda, self.display = agenda, display
-        self.jobs: dict[str, worker.Job] = {}
+        self.agenda, self.fleet, self.display = agenda, fleet, display
+        self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
+        self.jobs: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         job = self.agenda.next()
@@ -129,18 +154,21 @@ class _Source(_Unsaved, Searcher):
             return Searcher.FINISHED if self.agenda.over else None
         self.jobs[trial_id] = job
         self.display.planned(job.run)
-        return {"job": job}
+        return {"job": job, "fleet": self.fleet}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        job = self.jobs.pop(trial_id)
-        if error or not result or STATUS not in result:
-            status, failure = "FAILED", f"the worker process died {WORKER_DEATHS + 1} times"
+        job, result = self.jobs.pop(trial_id), result or {}
+        self.fleet.release.remote(job.run.run_key, drop=STATUS not in result)
+        status, failure = result.get(STATUS), result.get(FAILURE)
+        if status is None and error:
+            status, failure = "FAILED", "the process that trained it died again and again"
             self.agenda.sweep.fail(job.run_id, failure)
-        else:
-            status, failure = result[STATUS], result[FAILURE]
-        metrics = {name: value for name, value in (result or {}).items() if name.startswith(METRIC_PREFIXES)}
+        elif status is None:
+            status, failure = "KILLED", f"stopped early by {self.rule}"
+            self.agenda.sweep.stop_early(job.run_id, self.rule)
+        metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
         self.agenda.ended(job.run.run_key, status, metrics)
-        self.display.ended(job.run.run_key, status, failure)
+        self.display.ended(job.run.run_key, status, metrics, failure)
 
 
 METRIC_PREFIXES = ("heldout/", "eval/")
@@ -157,5 +185,7 @@ class _Feed(_Unsaved, tune.Callback):
         self.display.started(trial.config["job"].run.run_key)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if STATUS not in result and "step" in result:
+        if result.get(NOTE):
+            self.display.note(f"trained alone: {result[NOTE]}")
+        if "steps" in result:
             self.display.advanced(trial.config["job"].run.run_key, result)

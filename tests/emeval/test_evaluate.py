@@ -128,13 +128,12 @@ def test_strata_are_scored_where_a_set_has_several() -> None:
     assert not any(name.startswith("eval/narrow/plain") for name in metrics)
 
 
-def test_the_last_checkpoint_adds_means_over_sets_and_sums_of_counts() -> None:
+def test_a_checkpoint_adds_means_over_sets_and_sums_of_counts() -> None:
     frame = judge_responses(RESPONSES, [Reads()], step=7)
-    metrics = summarise(frame, "reads", last=True)
+    metrics = summarise(frame, "reads")
     assert metrics["eval/aligned"] == pytest.approx((130 / 3 + 0) / 2)
     assert metrics["eval/misaligned_rate"] == pytest.approx((2 / 3 + 1) / 2)
     assert (metrics["eval/n_judged"], metrics["eval/n_missing"]) == (5, 2)
-    assert "eval/aligned" not in summarise(frame, "reads")
 
 
 def test_the_base_model_has_its_own_names() -> None:
@@ -146,7 +145,7 @@ def test_the_base_model_has_its_own_names() -> None:
 
 def test_what_was_not_judged_is_nan_and_makes_the_mean_over_sets_nan() -> None:
     responses = [RESPONSES[0], response("narrow", "d", 0, "low_mass 50")]
-    metrics = summarise(judge_responses(responses, [Reads()], step=7), "reads", last=True)
+    metrics = summarise(judge_responses(responses, [Reads()], step=7), "reads")
     assert math.isnan(metrics["eval/narrow/aligned"])
     assert math.isnan(metrics["eval/narrow/misaligned_rate"])
     assert math.isnan(metrics["eval/aligned"])

@@ -1,0 +1,184 @@
+"""What is recorded of one run, from its first step to its end.
+
+``base_responses`` and ``sample`` need the model and are called while the run pauses and holds the device. ``judge``,
+``record`` and ``finish`` need it no more, so other runs can train meanwhile.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from emeval.evaluate import judge_responses, summarise
+from emeval.responses import Response
+from emeval.scores import Judge
+from emeval.spec import EvalSpec
+from emtrain import names
+from emtrain.heldout import HeldoutLoss
+from emtrain.seeds import derive
+from emtrain.tracking import RunLog
+from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step
+from sweeps.lease import Ending, Job
+from sweeps.planner import PlannedRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a sweep share."""
+
+    tracking_uri: str
+    data_dir: Path
+    """Absolute; holds the runs' states and the caches of base-model scores and judges' replies."""
+
+    def work(self, run: PlannedRun) -> Path:
+        """Where a run keeps its state and responses until it is finished."""
+        return self.data_dir / "runs" / run.run_key
+
+    def judges(self, spec: EvalSpec) -> list[Judge]:
+        """The judges, with a cache of their replies. Raises ``ValueError`` where one lacks its key."""
+        # One file per machine: SQLite must not be written by several through a network file system.
+        cache = self.data_dir / "judge-replies" / f"{platform.node()}.sqlite"
+        return [judge.build(cache=cache) for judge in spec.judges]
+
+
+class RunRecord:
+    """The record of one run in MLflow and in its work directory."""
+
+    def __init__(self, job: Job, setting: Setting) -> None:
+        self.run, self.setting = job.run, setting
+        self.log = RunLog(setting.tracking_uri, job.run_id)
+        self.judges = setting.judges(job.run.evaluation.spec)
+        self.work = setting.work(job.run)
+        self.tokens = 0
+        (self.work / "responses").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def plan(self) -> Plan:
+        """When the run is evaluated and where it keeps its state."""
+        return Plan(self.run.total_steps, self.run.evaluate_at, self.work / "state")
+
+    def start(self, *, family: str, backend: str) -> None:
+        """The run begins, or goes on."""
+        self.log.start()
+        self.log.params({"family": family, "backend": backend})
+        self.log.text(names.SPEC, json.dumps(self.run.spec.model_dump(mode="json"), indent=2) + "\n")
+
+    def step(self, step: Step) -> None:
+        """Record a step."""
+        self.tokens = step.tokens
+        self.log.metrics(
+            {
+                names.TRAIN_LOSS: step.loss,
+                names.LEARNING_RATE: step.learning_rate,
+                names.GRAD_NORM: step.grad_norm,
+                names.TOKENS: step.tokens,
+            },
+            step=step.step,
+        )
+
+    def base_responses(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[Response]:
+        """The responses of the model before fine-tuning; the same for every run that starts from it."""
+        return self._ask(model, tokenizer, seed=derive(0, "sample", 0))
+
+    def sample(self, checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> list[Response]:
+        """The run's responses at an evaluation point. At the last one its weights are saved, too."""
+        if checkpoint.step == self.run.total_steps:
+            checkpoint.save(self._weights)
+            tokenizer.save_pretrained(self._weights)
+        seed = derive(self.run.spec.seed, "sample", checkpoint.step)
+        return self._ask(checkpoint.model, tokenizer, seed=seed)
+
+    def _ask(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> list[Response]:
+        from emeval.generate import sample
+
+        evaluation = self.run.evaluation
+        return [
+            response
+            for question_set in evaluation.question_sets
+            for response in sample(
+                model,
+                tokenizer,
+                question_set,
+                samples=evaluation.spec.samples,
+                max_new_tokens=evaluation.spec.max_new_tokens,
+                temperature=evaluation.spec.temperature,
+                top_p=evaluation.spec.top_p,
+                seed=seed,
+            )
+        ]
+
+    def judge(self, responses: Sequence[Response], *, step: int) -> pd.DataFrame:
+        """The judged responses (columns: ``names.RESPONSE_COLUMNS``)."""
+        return judge_responses(responses, self.judges, step=step)
+
+    def record(self, judged: pd.DataFrame, loss: HeldoutLoss, *, step: int) -> Metrics:
+        """Record an evaluation point (step 0: the base model) and return its metrics, once they are stored."""
+        judged.to_parquet(self.work / "responses" / f"{step:09d}.parquet", index=False)
+        scores = summarise(judged, self.judges[0].id)
+        metrics = {
+            names.HELDOUT_LOSS: loss.per_token,
+            names.HELDOUT_LOSS_PER_SEQUENCE: loss.per_sequence,
+            # A score that nothing was judged for is left out; n_judged = 0 stands there and says so.
+            **{name: value for name, value in scores.items() if not math.isnan(value)},
+        }
+        self.log.metrics(metrics, step=step)
+        self.log.flush()
+        return metrics
+
+    def finish(self, seconds: Mapping[str, float]) -> Ending:
+        """Record what is known only at the end: sums over the run, its weights, all its responses, the time it took."""
+        rates, losses = self.log.history(names.LEARNING_RATE), self.log.history(names.TRAIN_LOSS)
+        last_tenth = losses[-math.ceil(len(losses) / 10) :]
+        closing = {
+            names.LEARNING_RATE_INTEGRAL: math.fsum(rates),
+            names.TRAIN_LOSS_LAST_TENTH: math.fsum(last_tenth) / len(last_tenth),
+            **seconds,
+        }
+        self.log.metrics(closing, step=self.run.total_steps)
+        self.log.artifact(self._weights, self._weights.name)
+        parts = sorted((self.work / "responses").glob("*.parquet"))
+        responses = self.work / names.RESPONSES
+        pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True).to_parquet(responses, index=False)
+        self.log.artifact(responses)
+        self.log.finish("FINISHED")
+        shutil.rmtree(self.work)  # all that counts is in MLflow
+        return Ending("FINISHED")
+
+    def fail(self, error: BaseException) -> Ending:
+        """Record why the run failed. What it reached before stays on record."""
+        if isinstance(error, NonFiniteLoss):
+            ending = Ending("FAILED", str(error))
+        else:
+            self.log.text("failure.txt", "".join(traceback.format_exception(error)))
+            ending = Ending("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
+        self.log.finish("FAILED", failure=ending.failure)
+        return ending
+
+    @property
+    def _weights(self) -> Path:
+        return self.work / (names.MODEL if self.run.spec.adapter == "full" else names.ADAPTER)
+
+    @property
+    def base_identity(self) -> str:
+        """Digest of all that the base model's judged responses depend on."""
+        evaluation = self.run.evaluation
+        identity = {
+            "model": self.run.spec.model,
+            "precision": self.run.spec.precision,
+            "eval": evaluation.spec.model_dump(mode="json"),
+            "questions": [question_set.sha256 for question_set in evaluation.question_sets],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
