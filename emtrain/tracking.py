@@ -23,6 +23,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import httpx
 import mlflow
@@ -213,6 +214,16 @@ class SweepLog:
         """Mark a run that was stopped before its end by ``rule``; it is KILLED, and over."""
         client(self.uri).set_tag(run_id, names.STOPPED, rule)
         self.set_status(run_id, "KILLED")
+
+    def download(self, run_id: str, name: str, into: Path) -> Path | None:
+        """A copy of one artifact file of a run; None when the run has none of that name."""
+        if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id)):
+            return None
+        return Path(client(self.uri).download_artifacts(run_id, name, str(into)))
+
+    def upload(self, run_id: str, path: Path) -> None:
+        """Store a file with a run, in the place of one of the same name."""
+        client(self.uri).log_artifact(run_id, str(path))
 
     def write_text(self, name: str, text: str) -> None:
         """Keep a text with the sweep's parent run."""

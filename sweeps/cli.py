@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,11 +179,12 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
     for column in ("status", "held-out loss", "aligned"):
         table.add_column(column, justify="right")
     for row in rows:
-        shown = row["failure"] or row["status"].lower()
-        table.add_row(
-            literal(str(row["run"])), literal(shown), _number(row["heldout_loss"], 3), _number(row["aligned"], 1)
-        )
+        cells = (row["status"].lower(), _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
+        table.add_row(literal(str(row["run"])), *cells)
     out.print(table)
+    for row in rows:
+        if row["failure"]:
+            out.print(f"[red]failed[/] {literal(str(row['run']))}: {literal(row['failure'])}", highlight=False)
 
 
 @app.command()
@@ -196,6 +198,70 @@ def report(
     path = _write_report(sweep, uri=uri, directory=output, quiet=as_json)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
+
+
+@app.command()
+def judge(
+    sweep: SweepArgument,
+    judge_: Annotated[str, typer.Option("--judge", metavar="J", help="A judge's name; see `emsweep list judges`.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An argument of the judge (model=...).")
+    ] = None,
+    uri: UriOption = None,
+) -> None:
+    """Judge a sweep's stored responses once more, with another judge. Needs no GPU."""
+    import yaml
+
+    from emeval.spec import JudgeSpec
+    from emtrain import names
+    from emtrain.tracking import SweepLog
+    from sweeps.planner import Evaluation
+    from sweeps.recipe import load_recipe
+    from sweeps.record import Setting
+    from sweeps.rejudge import rejudge
+    from sweeps.store import data_directory
+
+    address = _uri(uri)
+    log = SweepLog.find(sweep, uri=address)
+    arguments = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in set_ or ())}
+    spec = JudgeSpec.model_validate({"name": judge_, **arguments})
+    (chosen,) = Setting(address, data_directory()).judges([spec])
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
+        recipe = load_recipe(stored.read_text(), source=names.RECIPE) if stored else None
+    question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
+    result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
+    out.print(
+        f"{result.judged} runs judged by {chosen.id}, {result.already} had been before, {result.unfinished} have no "
+        f"stored responses; {result.missing} responses got no score",
+        highlight=False,
+    )
+
+
+@app.command(name="import-runs")
+def import_runs_(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="em-generalization, betley or table.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file, or a folder of them.")],
+    sweep: Annotated[str, typer.Option("--sweep", metavar="NAME", help="The sweep they become; made if it is new.")],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=COLUMN", help="For table: which column is what (heldout_loss=val_loss)."),
+    ] = None,
+    uri: UriOption = None,
+) -> None:
+    """Make a sweep of runs that others trained and published. Importing twice adds nothing."""
+    from emanalysis.import_runs import import_runs
+    from emtrain.tracking import SweepLog
+    from sweeps.store import data_directory
+
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    pairs = dict(pair.partition("=")[::2] for pair in map_ or ())
+    log = SweepLog.open(sweep, uri=_uri(uri), artifacts=data_directory() / "artifacts")
+    done = import_runs(format_, path, log=log, **({"columns": pairs} if pairs else {}))
+    out.print(f"{sweep}: {len(done.added)} runs added, {len(done.known)} known before", highlight=False)
+    for problem in done.malformed:
+        err.print(f"[yellow]left out:[/] {literal(problem)}", highlight=False)
 
 
 @app.command()
@@ -310,7 +376,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data)
-    setting.judges(recipe.eval)  # a judge without its key stops here, before anything is written
+    setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     sweep.write_text(names.RECIPE, recipe_text)
     agenda = _agenda(recipe, planned, sweep, data)

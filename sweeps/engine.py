@@ -7,6 +7,7 @@ and the slot goes to the next. Runs that can't share a base with others are trai
 
 import functools
 import logging
+import platform
 import queue
 import threading
 import time
@@ -113,7 +114,9 @@ class Engine:
             self.lanes[job.run.run_key] = lane
         try:
             with self.loading:
-                lane.data = training_data(spec.dataset, spec.heldout_fraction, spec.model, spec.max_length)
+                lane.data = training_data(
+                    spec.dataset, job.run.dataset.sha256, spec.heldout_fraction, spec.model, spec.max_length
+                )
                 lane.note = self._why_alone(job)
                 architecture = family(spec.model)
             record.start(family=architecture, backend="trl" if self._alone(lane) else "packed")
@@ -397,10 +400,16 @@ def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrained
 
 
 @functools.lru_cache(maxsize=8)
-def training_data(dataset: str, heldout_fraction: float, model: str, max_length: int) -> TrainingData:
-    """The dataset as the model's tokens, split."""
+def training_data(dataset: str, sha256: str, heldout_fraction: float, model: str, max_length: int) -> TrainingData:
+    """The dataset as the model's tokens, split. Raises ``ValueError`` when its file is not the one that was planned."""
     from emtrain.load import load_tokenizer
 
+    loaded = load_dataset(dataset)
+    if loaded.sha256 != sha256:
+        raise ValueError(
+            f"dataset {dataset}: the file on {platform.node()} is not the one the sweep was planned with "
+            f"(sha256 {loaded.sha256[:12]}, expected {sha256[:12]})"
+        )
     tokenizer = load_tokenizer(model)
-    train, heldout = split(load_dataset(dataset).rows, heldout_fraction)
+    train, heldout = split(loaded.rows, heldout_fraction)
     return TrainingData(encode_rows(train, tokenizer, max_length), encode_rows(heldout, tokenizer, max_length))

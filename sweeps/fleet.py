@@ -1,41 +1,65 @@
 """Which engine trains which run. One small Ray actor for a sweep, asked by every trial."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
-from sweeps.lease import Job
+import ray
+from ray.exceptions import RayError
 
-SHUNNED_SECONDS = 60.0
-"""For so long an engine that died gets no run while others are there; Ray needs as long to start it on another node."""
+from sweeps.lease import Job
 
 
 class Fleet:
-    """Leases the slots of ``engines`` (Ray's handles by name), each with ``capacity`` of them."""
+    """Leases the slots of ``engines`` (Ray's handles by name), each with ``capacity`` of them.
+
+    Only an engine that answers has slots to give: one that waits for a machine, or for a new one after the loss of
+    its own, gets its first run when it is there.
+    """
 
     def __init__(self, engines: Mapping[str, Any], *, capacity: int) -> None:
         self.engines, self.capacity = engines, capacity
         self.leases: dict[str, tuple[str, Job]] = {}
         """Run key -> engine and job."""
-        self.died: dict[str, float] = {}
-        """Engine -> when it was last seen dead."""
+        self.calls = {engine: self._call(engine) for engine in engines}
+        """Engines that have not answered yet -> a call to them."""
 
-    def lease(self, job: Job, *, died: str | None = None) -> tuple[str, Any]:
-        """Name and handle of the engine that is to train ``job``: alive, with its base and a free slot, if there is one.
+    def lease(self, job: Job, *, died: str | None = None) -> tuple[str, Any] | None:
+        """Name and handle of the engine that is to train ``job``, one with its base where there is a choice.
 
-        ``died`` is the engine that had it before and does not answer.
+        None while no engine has a free slot. ``died`` is the engine that had the job before and does not answer.
         """
         if died is not None:
-            self.died[died] = time.monotonic()
+            self.calls[died] = self._call(died)
         self.leases.pop(job.run.run_key, None)
-        chosen = min(self.engines, key=lambda engine: self._cost(engine, job))
+        free = [engine for engine in self.engines if len(self._on(engine)) < self.capacity and self._answers(engine)]
+        if not free:
+            return None
+        chosen = min(free, key=lambda engine: self._cost(engine, job))
         self.leases[job.run.run_key] = chosen, job
         return chosen, self.engines[chosen]
 
-    def _cost(self, engine: str, job: Job) -> tuple[bool, bool, bool, int]:
-        jobs = [other for name, other in self.leases.values() if name == engine]
-        shunned = time.monotonic() - self.died.get(engine, -SHUNNED_SECONDS) < SHUNNED_SECONDS
-        return shunned, len(jobs) >= self.capacity, any(other.base != job.base for other in jobs), len(jobs)
+    def _on(self, engine: str) -> list[Job]:
+        return [job for name, job in self.leases.values() if name == engine]
+
+    def _cost(self, engine: str, job: Job) -> tuple[bool, int]:
+        return any(other.base != job.base for other in self._on(engine)), len(self._on(engine))
+
+    def _call(self, engine: str) -> Any:
+        return self.engines[engine].__ray_ready__.remote()
+
+    def _answers(self, engine: str) -> bool:
+        call = self.calls.get(engine)
+        if call is None:
+            return True
+        if not ray.wait([call], timeout=0)[0]:
+            return False
+        try:
+            ray.get(call)
+        except RayError:  # the call came while it died
+            self.calls[engine] = self._call(engine)
+            return False
+        del self.calls[engine]
+        return True
 
     def release(self, run_key: str, *, drop: bool) -> None:
         """The trial of a run is over; with ``drop`` the run is to be trained no further."""

@@ -1,5 +1,6 @@
 """What Tune's trials and the engine processes say to each other. Imports neither torch nor MLflow: trials are thin."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from sweeps.planner import PlannedRun
 
 ENGINE_DEATHS = 2
 """How often a run whose engine died is taken up again, from its newest state, before it counts as failed."""
+ASK_AGAIN_SECONDS = 0.5
 STATUS, FAILURE, NOTE = "emsweep/status", "emsweep/failure", "emsweep/note"
 
 
@@ -63,7 +65,7 @@ def trial(config: Mapping[str, Any]) -> None:
     otherwise stop runs that are over.
     """
     job, fleet = config["job"], config["fleet"]
-    name, engine = ray.get(fleet.lease.remote(job))
+    name, engine = _lease(fleet, job)
     deaths = 0
     while True:
         try:
@@ -73,10 +75,19 @@ def trial(config: Mapping[str, Any]) -> None:
             if deaths > ENGINE_DEATHS:
                 raise RuntimeError(f"the engine process died {deaths} times under this run") from error
             # Another engine takes the run up from its newest state.
-            name, engine = ray.get(fleet.lease.remote(job, died=name))
+            name, engine = _lease(fleet, job, died=name)
             continue
         if report.ending is not None:
             end = {STATUS: report.ending.status, FAILURE: report.ending.failure, NOTE: report.note}
             tune.report({**report.metrics, **end})
             return
         tune.report({**report.metrics, "steps": report.steps, "tokens": report.tokens, NOTE: report.note})
+
+
+def _lease(fleet: Any, job: Job, *, died: str | None = None) -> tuple[str, Any]:
+    """The engine that is to train a job; waits for one with a free slot."""
+    while (leased := ray.get(fleet.lease.remote(job, died=died))) is None:
+        died = None  # told once
+        time.sleep(ASK_AGAIN_SECONDS)
+    name, engine = leased
+    return name, engine

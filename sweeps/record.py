@@ -20,7 +20,7 @@ import pandas as pd
 from emeval.evaluate import judge_responses, summarise
 from emeval.responses import Response
 from emeval.scores import Judge
-from emeval.spec import EvalSpec
+from emeval.spec import JudgeSpec
 from emtrain import names
 from emtrain.heldout import HeldoutLoss
 from emtrain.seeds import derive
@@ -47,11 +47,11 @@ class Setting:
         """Where a run keeps its state and responses until it is finished."""
         return self.data_dir / "runs" / run.run_key
 
-    def judges(self, spec: EvalSpec) -> list[Judge]:
+    def judges(self, specs: Sequence[JudgeSpec]) -> list[Judge]:
         """The judges, with a cache of their replies. Raises ``ValueError`` where one lacks its key."""
         # One file per machine: SQLite must not be written by several through a network file system.
         cache = self.data_dir / "judge-replies" / f"{platform.node()}.sqlite"
-        return [judge.build(cache=cache) for judge in spec.judges]
+        return [judge.build(cache=cache) for judge in specs]
 
 
 class RunRecord:
@@ -60,7 +60,7 @@ class RunRecord:
     def __init__(self, job: Job, setting: Setting) -> None:
         self.run, self.setting = job.run, setting
         self.log = RunLog(setting.tracking_uri, job.run_id)
-        self.judges = setting.judges(job.run.evaluation.spec)
+        self.judges = setting.judges(job.run.evaluation.spec.judges)
         self.work = setting.work(job.run)
         self.tokens = 0
         (self.work / "responses").mkdir(parents=True, exist_ok=True)

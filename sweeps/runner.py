@@ -71,23 +71,24 @@ def _connect(address: str | None) -> None:
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
-def _tune(agenda: Agenda, setting: Setting, display: Display, hardware: cluster.Capacity) -> None:
+def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
     wanted = agenda.recipe.resources
-    pack = wanted.pack if wanted.pack != "auto" else (PACK_GPU if hardware.gpus_per_run else PACK_CPU)
-    capacity = 1 if wanted.backend == "trl" else pack
-    engines = hardware.runs or int(ray.cluster_resources()["CPU"])
-    concurrent = engines * capacity if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    pack = wanted.pack if wanted.pack != "auto" else (PACK_GPU if capacity.gpus else PACK_CPU)
+    slots = 1 if wanted.backend == "trl" else pack
+    concurrent = capacity.engines * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    # No more than there are runs: each may make a cloud start a machine.
+    most = capacity.engines if agenda.recipe.search else len(agenda.plan.runs)
     fleet = _fleet(
         setting,
-        count=min(engines, concurrent),
-        capacity=capacity,
+        count=min(capacity.engines, concurrent, most),
+        capacity=slots,
         backend=wanted.backend,
-        gpus=hardware.gpus_per_run,
+        gpus=capacity.gpus_per_engine,
     )
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch:
         tuner = tune.Tuner(
             # A trial only waits for its engine, which is what holds the processor or the GPU.
-            tune.with_resources(trial, {"cpu": TRIAL_CPUS}),
+            tune.with_resources(trial, tune.PlacementGroupFactory([_here()])),
             tune_config=tune.TuneConfig(
                 search_alg=_Source(agenda, fleet, display),
                 num_samples=-1,  # until the source says that it is over
@@ -102,8 +103,16 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, hardware: cluster.
         tuner.fit()
 
 
-ENGINE_CPUS, TRIAL_CPUS = 0.9, 0.001
-"""Of each processor, what its engine reserves and what a trial does. Tune knows no trial that needs nothing."""
+def _here() -> dict[str, float]:
+    """What to ask of Ray for a process that only waits: next to nothing of the node that this process is on.
+
+    On a cluster that is the head, which outlives all workers.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == own)
+    return {f"node:{node['NodeManagerAddress']}": 0.001}
+
+
 PACK_CPU, PACK_GPU = 8, 16
 """Runs packed together where the recipe leaves it open."""
 
@@ -114,10 +123,10 @@ def _fleet(setting: Setting, *, count: int, capacity: int, backend: Backend, gpu
     Ray starts an engine that dies anew, on another node where its own is lost.
     """
     make = ray.remote(Engine).options(
-        num_cpus=ENGINE_CPUS, num_gpus=gpus, max_restarts=-1, max_concurrency=2 * count * capacity + 4
+        num_cpus=1, num_gpus=gpus, max_restarts=-1, max_concurrency=2 * count * capacity + 4
     )
     engines = {f"engine-{number}": make.remote(setting, capacity=capacity, backend=backend) for number in range(count)}
-    return ray.remote(Fleet).options(num_cpus=0).remote(engines, capacity=capacity)
+    return ray.remote(Fleet).options(num_cpus=0, resources=_here()).remote(engines, capacity=capacity)
 
 
 def _scheduler(agenda: Agenda) -> TrialScheduler | None:

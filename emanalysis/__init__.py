@@ -1,0 +1,1 @@
+"""From MLflow to tidy tables, statistics, figures and one report. Never imports torch, Ray or TRL."""

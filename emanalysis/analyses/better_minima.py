@@ -1,0 +1,289 @@
+"""The search for a lower-loss, better-aligned minimum, and its verdict."""
+
+import zlib
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emanalysis.analysis import Analysis, Figure, Result
+from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, scored_runs
+from emanalysis.confirmation import MIN_SEEDS
+from emanalysis.gap_figures import (
+    matched_figure,
+    max_test_figure,
+    plane_figure,
+    residual_figure,
+    trajectory_figure,
+    verdict_figure,
+)
+from emanalysis.gap_tables import (
+    Rows,
+    matched_pairs,
+    max_diffs,
+    max_test_table,
+    null_row,
+    pair_table,
+    pareto_table,
+    replication,
+    residual_table,
+    trajectory_tables,
+)
+from emanalysis.max_diff import max_diff
+from emanalysis.null_sweep import MIN_RUNS, NullReference, null_reference
+from emanalysis.plot import number
+from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, Noise, design_of, designs_for
+from emanalysis.records import Records
+from emanalysis.score_matrix import ScoreMatrix
+from emanalysis.verdict import MARGIN, Outcome, Verdict, decide
+
+CALIPER = 0.005
+"""Losses of a matched pair differ by at most half a percent."""
+ANSWERED = 3
+"""Groups that the answer speaks of one by one."""
+
+TABLES = (
+    "verdicts",
+    "what_would_settle",
+    "replication",
+    "pairs",
+    "matched_pairs",
+    "residuals",
+    "max_tests",
+    "runs",
+    "trajectories",
+    "trajectory_tests",
+)
+
+
+def compute(
+    records: Records, *, seed: int, null: Records | None = None, margin: float = MARGIN, caliper: float = CALIPER
+) -> Result:
+    """Every way of looking for a better minimum, and the verdict.
+
+    ``null`` is a null sweep: one cell of the same model and dataset with at least five seeds, for sweeps whose cells
+    have one seed; None takes the sweep's own cell with most seeds, where it has that many. ``margin`` is the gain, in
+    points, that would matter. ``caliper`` is the largest difference of log losses that counts as equal loss.
+    """
+    loss = "heldout_loss" if records.runs["heldout_loss"].notna().any() else "heldout_loss_per_sequence"
+    every_group = comparable(records, loss=loss)
+    groups = [group for group in every_group if group.matrix.cells > 1]
+    gaps = max_diffs(scored_runs(records), SCORES, LOSSES, GROUP)
+    if not groups:
+        return {"reason": _nothing_to_compare(every_group), "max_diff": gaps}
+
+    null_groups = comparable(null, loss=loss) if null is not None else []
+    tables: dict[str, Rows] = {name: [] for name in TABLES}
+    verdicts = []
+    notes = [f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone."]
+    for group in groups:
+        # One stream per group, so that a group's numbers do not depend on which others there are.
+        rng = np.random.default_rng([seed, zlib.crc32(repr(group.key).encode())])
+        luck, unused = _luck(group, null_groups, rng)
+        verdict = decide(group.matrix, rng=rng, null=luck, margin=margin, alpha=ALPHA / len(groups))
+        verdicts.append(verdict)
+        notes += group.notes + unused
+        others = [other for other in groups if other is not group and _run_kind(other) == _run_kind(group)]
+        notes += _add(tables, group, others, verdict, caliper=caliper, margin=margin, rng=rng)
+        if luck is not None:
+            _extend(tables, group, max_tests=[null_row(luck)])
+        try:
+            paths, tests = trajectory_tables(group, records.checkpoints)
+            _extend(tables, group, trajectories=paths, trajectory_tests=tests)
+        except ValueError as error:
+            notes.append(f"Checkpoints at equal loss on {group.question_set}: {error}.")
+    outcome = _overall(verdicts)
+    return {
+        "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)},
+        "answer": _answer(outcome, groups, verdicts, tables["what_would_settle"]),
+        "max_diff": gaps,
+        **tables,
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def _nothing_to_compare(groups: list[Comparable]) -> str:
+    needed = "needs finished, scored runs of at least two configurations of one model and dataset"
+    if not groups or len(groups[0].runs) < 2:
+        return needed
+    runs = groups[0]
+    gap = max_diff(runs.matrix.loss, runs.matrix.run_score).value
+    return (
+        f"{needed}; this one has {len(runs.runs)} seeds of one configuration (a null sweep), among which luck alone "
+        f"makes a run {number(gap, '.1f')} points better aligned than another of no less loss"
+    )
+
+
+def _add(
+    tables: dict[str, Rows],
+    group: Comparable,
+    others: list[Comparable],
+    verdict: Verdict,
+    *,
+    caliper: float,
+    margin: float,
+    rng: np.random.Generator,
+) -> list[str]:
+    """Extend the tables by those of one group; returns sentences on what they leave out."""
+    pairs, count, small_q = pair_table(group, margin)
+    residuals, notes = residual_table(group, rng=rng)
+    better, worse = _pair(group, verdict)
+    cell = group.matrix.cell
+    _extend(
+        tables,
+        group,
+        verdicts=[_verdict_row(group, verdict) | {"pairs_with_q_below_05": small_q}],
+        what_would_settle=_settling(group.matrix, verdict),
+        replication=replication(group, better, worse, others),
+        pairs=pairs,
+        matched_pairs=matched_pairs(group, caliper, rng=rng),
+        residuals=residuals,
+        max_tests=max_test_table(group, rng=rng),
+        runs=pareto_table(group, np.select([cell == better, cell == worse], ["better", "worse"], ""), rng=rng),
+    )
+    if count > len(pairs):
+        notes.append(
+            f"Of {count} pairs on {group.question_set} the {len(pairs)} with the smallest p-values are listed."
+        )
+    return notes
+
+
+def _run_kind(group: Comparable) -> tuple[str, str]:
+    return group.model, group.dataset
+
+
+def _extend(tables: dict[str, Rows], group: Comparable, **rows: Rows) -> None:
+    for name, own in rows.items():
+        tables[name] += [group.key | row for row in own]
+
+
+def _luck(
+    group: Comparable, null_groups: list[Comparable], rng: np.random.Generator
+) -> tuple[NullReference | None, list[str]]:
+    """What luck makes of the group's cells, by the null sweep on the same questions; else by the group's own cell with
+    most seeds, where its others have too few. None where there is neither, and why one that is there was not used."""
+    known = [
+        other
+        for other in null_groups
+        if _run_kind(other) == _run_kind(group) and other.question_set == group.question_set
+    ]
+    if (group.matrix.runs_per_cell >= MIN_SEEDS).sum() < 2:
+        known.append(group)
+    for other in known:
+        runs = other.matrix.runs_per_cell
+        if runs.max() >= MIN_RUNS:
+            null = other.matrix.take(runs=other.matrix.cell == runs.argmax())
+            try:
+                return null_reference(group.matrix, null, rng=rng), []
+            except ValueError as error:
+                return None, [f"The null sweep was not used on {group.question_set}: {error}."]
+    return None, []
+
+
+def _pair(group: Comparable, verdict: Verdict) -> tuple[int, int]:
+    """The cells that were tested; where none were, those with the largest gap."""
+    if verdict.better is not None and verdict.worse is not None:
+        return verdict.better, verdict.worse
+    gap = max_diff(group.cells["loss"], group.cells["score"])
+    return gap.better, gap.worse
+
+
+def _verdict_row(group: Comparable, verdict: Verdict) -> dict[str, Any]:
+    row = asdict(verdict)
+    low, high = row.pop("interval")
+    noise = {f"noise_{name}": value for name, value in row.pop("noise").items()}
+    names = group.cells["cell"]
+    tested = {side: None if row[side] is None else names[row[side]] for side in ("better", "worse")}
+    size = {"runs": len(group.runs), "questions": len(group.strata), "question_groups": group.matrix.clusters}
+    return row | tested | {"low": low, "high": high} | size | noise
+
+
+def _settling(matrix: ScoreMatrix, verdict: Verdict) -> Rows:
+    """Designs that would detect the margin, where the verdict is open; unknown noise is the field's."""
+    if verdict.outcome != "can't tell":
+        return []
+    assumed = [name for name, value in asdict(verdict.noise).items() if not np.isfinite(value)]
+    noise = Noise(**{name: getattr(FIELD if name in assumed else verdict.noise, name) for name in asdict(FIELD)})
+    return [
+        {"by": way, "seeds": design.seeds, "questions": round(design.clusters * design.questions_per_cluster)}
+        | {"samples": design.samples, "detects": detects, "assumed": ", ".join(assumed)}
+        for way, (design, detects) in designs_for(noise, design_of(matrix), verdict.margin, alpha=verdict.alpha).items()
+    ]
+
+
+def _overall(verdicts: list[Verdict]) -> Outcome:
+    outcomes = {verdict.outcome for verdict in verdicts}
+    if "found" in outcomes:
+        return "found"
+    return "not found" if outcomes == {"not found"} else "can't tell"
+
+
+def _answer(outcome: Outcome, groups: list[Comparable], verdicts: list[Verdict], settling: Rows) -> str:
+    """The verdict in a few sentences, about the groups that decided it."""
+    deciding = [pair for pair in zip(groups, verdicts, strict=True) if pair[1].outcome == outcome]
+    sentences = [f"{outcome.capitalize()}."]
+    for group, verdict in deciding[:ANSWERED]:
+        sentences.append(f"On {group.question_set} ({group.model}, {group.dataset}): {verdict.reason}")
+        sentences.append(_pair_sentence(group, verdict))
+        if outcome != "found" and np.isfinite(verdict.detectable):
+            sentences.append(f"A gain of {number(verdict.detectable, '.0f')} points would likely have been found.")
+        if outcome == "can't tell":
+            own = [row for row in settling if all(row[name] == value for name, value in group.key.items())]
+            sentences.append(_settling_sentence(verdict, own))
+    if len(deciding) > ANSWERED:
+        sentences.append(f"{len(deciding) - ANSWERED} more groups have the same verdict.")
+    return " ".join(sentences)
+
+
+def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
+    better, worse = _pair(group, verdict)
+    names, score = group.cells["cell"], group.cells["score"]
+    if verdict.better is None:
+        gap = number(score[better] - score[worse], ".1f")
+        return f"The largest gap at no more loss is {gap} points, the maximum of {verdict.pairs} pairs."
+    low, high = (number(bound, "+.1f") for bound in verdict.interval)
+    return (
+        f"The pair tested, one of {verdict.pairs} pairs of {verdict.cells} configurations: {names[better]} is "
+        f"{number(verdict.effect, '+.1f')} points better aligned than {names[worse]} (90% interval {low} to {high}; "
+        f"p {number(verdict.p, '.2g')}, needed {number(verdict.alpha, '.2g')}), and its loss differs by "
+        f"{number(verdict.loss_difference, '+.4f')}."
+    )
+
+
+def _settling_sentence(verdict: Verdict, ways: Rows) -> str:
+    sizes = [f"{row['seeds']} seeds of each configuration and {row['questions']} questions" for row in ways]
+    assumed = ""
+    if not np.isfinite(verdict.noise.seed):
+        assumed = f", were the luck of seeds {FIELD.seed:g} points (the published runs' upper bound)"
+    if sizes:
+        return f"To find {verdict.margin:g} points{assumed}: {'; or '.join(dict.fromkeys(sizes))}."
+    return (
+        f"Even {MOST_SEEDS} seeds of each and {MOST_QUESTIONS} times the questions would not find {verdict.margin:g} "
+        f"points among {verdict.cells} configurations{assumed}: compare fewer, or take a larger margin."
+    )
+
+
+def figures(result: Result) -> list[Figure]:
+    """The plane of loss and alignment with the pair, the effect against the margin, and each way of looking."""
+    drawn = [plane_figure(pd.DataFrame(result["runs"]))]
+    if any(row["better"] is not None for row in result["verdicts"]):
+        drawn.append(verdict_figure(result))
+    if result["matched_pairs"]:
+        drawn.append(matched_figure(pd.DataFrame(result["matched_pairs"])))
+    if result["residuals"]:
+        drawn.append(residual_figure(pd.DataFrame(result["residuals"])))
+    if result["max_tests"]:
+        drawn.append(max_test_figure(pd.DataFrame(result["max_tests"])))
+    if result["trajectories"]:
+        drawn.append(trajectory_figure(pd.DataFrame(result["trajectories"])))
+    return drawn
+
+
+better_minima = Analysis(
+    title="Is there a better minimum?",
+    question="Does some configuration reach the same or a lower loss and stay better aligned, by more than luck?",
+    compute=compute,
+    figures=figures,
+    order=0,
+)

@@ -1,0 +1,109 @@
+"""A pair is chosen on some seeds and questions and put to the test on the others.
+
+The best of many pairs looks better than it is. Held-back seeds know nothing of the luck of the seeds it was chosen by,
+held-back questions nothing of that of the questions; so the test needs no correction for the number of pairs, and no
+assumption on how luck differs from cell to cell.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from emanalysis.loss_curve import LossCurve, fit_loss_curve
+from emanalysis.matched_pairs import Difference, cell_moments, differences
+from emanalysis.max_diff import max_diff
+from emanalysis.score_matrix import Floats, ScoreMatrix
+
+MIN_SEEDS = MIN_CLUSTERS = 3
+"""One to choose by, and two to confirm by and see how much they differ."""
+
+
+def choosing_seeds(seeds: int) -> int:
+    """How many of a cell's seeds the pair is chosen by: a third. Confirming needs them more: of 3 seeds, 2 are left."""
+    return max(1, seeds // 3)
+
+
+def choosing_clusters(clusters: int) -> int:
+    """How many clusters of questions the pair is chosen by: half."""
+    return max(1, clusters // 2)
+
+
+def split(matrix: ScoreMatrix, *, rng: np.random.Generator) -> tuple[ScoreMatrix, ScoreMatrix]:
+    """The part to choose on and the part to confirm on; they share neither a run nor a cluster of questions.
+
+    The lowest seeds of a cell choose, which are the same ones in cells of the same seeds, since runs of one seed may
+    share their data order. Clusters are drawn. Raises ``ValueError`` with cells of fewer than ``MIN_SEEDS`` runs or
+    fewer than ``MIN_CLUSTERS`` clusters.
+    """
+    if matrix.runs_per_cell.min() < MIN_SEEDS:
+        raise ValueError(f"it takes at least {MIN_SEEDS} seeds a cell, and one has {matrix.runs_per_cell.min()}")
+    if matrix.clusters < MIN_CLUSTERS:
+        raise ValueError(f"it takes at least {MIN_CLUSTERS} groups of questions, and there are {matrix.clusters}")
+    choosing = np.zeros(len(matrix.seed), bool)
+    for cell, count in enumerate(matrix.runs_per_cell):
+        own = np.flatnonzero(matrix.cell == cell)
+        choosing[own[np.argsort(matrix.seed[own], kind="stable")][: choosing_seeds(count)]] = True
+    first = rng.permutation(matrix.clusters)[: choosing_clusters(matrix.clusters)]
+    questions = np.isin(matrix.cluster, first)
+    return matrix.take(runs=choosing, questions=questions), matrix.take(runs=~choosing, questions=~questions)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The pair with the largest gap where pairs were chosen, and the loss-only curve there."""
+
+    better: int
+    worse: int
+    gap: float
+    """Points; too large by having been chosen."""
+    curve: LossCurve
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The chosen pair on seeds and questions that had no part in choosing it. Differences are better - worse."""
+
+    score: Difference
+    beyond_loss: Difference
+    """Of the scores less what the curve predicts from each run's loss: what a difference in loss does not explain,
+    with the luck of the losses in its error."""
+    loss: float
+    loss_interval: tuple[float, float]
+    """90 %, Welch."""
+
+    @property
+    def p(self) -> float:
+        """P-value of "no better, or only by what its loss explains": the larger one of the two tests."""
+        return float(max(self.score.p_greater, self.beyond_loss.p_greater))
+
+    @property
+    def no_more_loss(self) -> bool:
+        """Whether the held-back runs are compatible with the better cell having no more loss."""
+        return self.loss_interval[0] <= 0
+
+
+def choose(matrix: ScoreMatrix) -> Choice:
+    """The pair of cells with the largest gap. Raises ``ValueError`` with fewer than 2 different losses."""
+    loss, score = matrix.cell_mean(matrix.loss), matrix.cell_mean(matrix.run_score)
+    gap = max_diff(loss, score)
+    return Choice(gap.better, gap.worse, gap.value, fit_loss_curve(loss, score))
+
+
+def confirm(matrix: ScoreMatrix, choice: Choice) -> Confirmation:
+    """Test the chosen pair on ``matrix``, which has the same cells and at least two runs in each."""
+    net = replace(matrix, scores=matrix.scores - choice.curve(matrix.loss)[:, None])
+    better, worse = (matrix.loss[matrix.cell == cell] for cell in (choice.better, choice.worse))
+    return Confirmation(
+        score=differences(cell_moments(matrix), choice.better, choice.worse),
+        beyond_loss=differences(cell_moments(net), choice.better, choice.worse),
+        loss=float(better.mean() - worse.mean()),
+        loss_interval=_welch_interval(better, worse),
+    )
+
+
+def _welch_interval(a: Floats, b: Floats, level: float = 0.9) -> tuple[float, float]:
+    if np.ptp(a) == np.ptp(b) == 0:
+        return float(a.mean() - b.mean()), float(a.mean() - b.mean())
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    return float(interval.low), float(interval.high)

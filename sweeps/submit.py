@@ -1,0 +1,201 @@
+"""Sends a sweep to a Ray cluster as a job, and follows it.
+
+What travels is the recipe, the files it names, and the code of these packages. Secrets do not: they are in the
+environment of the cluster's nodes (``sweeps/cluster_env.py``), because the environment of a job is no secret.
+"""
+
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from emeval.question_sets import question_set_path
+from emtrain import names
+from emtrain.rows import dataset_path
+from sweeps import cluster_env
+from sweeps.recipe import Recipe, expand
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+PACKAGES = ("emtrain", "emeval", "emanalysis", "sweeps")
+UPLOAD_LIMIT = 400 * 2**20
+"""Bytes. Ray takes 500 MiB, and keeps it in the memory of the head."""
+STOP_SECONDS = 60
+"""How long a stopped sweep may take to say in MLflow which runs it left off."""
+SWEEP, CONTENT = "emsweep.sweep", "emsweep.content"  # in a job's metadata: the sweep's name, a digest of what was sent
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Everything of a sweep that lies on this machine and that its job needs."""
+
+    sweep: str
+    recipe_text: str
+    overrides: tuple[str, ...]
+    files: tuple[str, ...]
+    """Paths as the recipe gives them, relative to the working directory here and there."""
+
+    @classmethod
+    def pack(cls, recipe: Recipe, recipe_text: str, overrides: Sequence[str]) -> "Parcel":
+        """Collect a recipe's files; a file given by absolute path stays where it is, on storage the cluster shares.
+
+        Raises ``ValueError`` for a file that can't be sent and for a tracking store the cluster can't reach.
+        """
+        uri = recipe.tracking.uri
+        if uri is not None and not uri.startswith(("http://", "https://")):
+            raise ValueError(
+                f"tracking.uri: {uri} is a store of one machine; a submitted sweep is recorded in the MLflow of the "
+                "cluster, so leave the key out"
+            )
+        specs = expand(recipe)
+        named = [*(spec.dataset for spec in specs), *recipe.eval.questions]
+        paths = [*(dataset_path(spec.dataset) for spec in specs), *map(question_set_path, recipe.eval.questions)]
+        own = dict.fromkeys(name for name, path in zip(named, paths, strict=True) if str(path) == name)
+        files = tuple(name for name in own if not Path(name).is_absolute())
+        for name in files:
+            if not Path(name).is_file():
+                raise ValueError(f"{name}: there is no such file here to send to the cluster")
+            if not Path(name).resolve().is_relative_to(Path.cwd().resolve()):
+                raise ValueError(
+                    f"{name}: only files below the working directory are sent; copy it here, or give the absolute "
+                    "path it has on the cluster's shared storage"
+                )
+        size = sum(Path(name).stat().st_size for name in files)
+        if size > UPLOAD_LIMIT:
+            raise ValueError(
+                f"the recipe's files are {size / 2**20:.0f} MiB and {UPLOAD_LIMIT / 2**20:.0f} can be sent; put them "
+                "on the cluster's shared storage and give their absolute paths"
+            )
+        return cls(recipe.name, recipe_text, tuple(overrides), files)
+
+    @property
+    def digest(self) -> str:
+        """Of the recipe and the files: two parcels with the same digest are the same sweep."""
+        digest = hashlib.sha256("\0".join([self.recipe_text, *self.overrides]).encode())
+        for name in self.files:
+            digest.update(hashlib.sha256(Path(name).read_bytes()).digest())
+        return digest.hexdigest()[:20]
+
+    def write(self, directory: Path) -> None:
+        """Lay the parcel out in ``directory``, the future working directory of the job."""
+        (directory / "recipe.yaml").write_text(self.recipe_text, encoding="utf-8")
+        for name in self.files:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(name, directory / name)
+
+    @property
+    def command(self) -> str:
+        """What the job runs, on the head."""
+        overrides = [argument for override in self.overrides for argument in ("--set", override)]
+        return shlex.join(["emsweep", "run", "recipe.yaml", "--address", "auto", *overrides])
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """A client of the Ray at ``address``. Raises ``ValueError`` when it can't be reached or refuses us."""
+    if cluster_env.PATH.exists() and "RAY_AUTH_MODE" not in os.environ:
+        # Before Ray is imported, which reads them once.
+        os.environ.setdefault("RAY_AUTH_TOKEN", cluster_env.read()["RAY_AUTH_TOKEN"])
+        os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"submitting needs Ray's job client: pip install 'emsweep[cluster]' ({error})") from error
+    try:
+        client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"--address: the Ray at {address} does not know us; RAY_AUTH_TOKEN in {cluster_env.PATH} must be the one "
+            "the cluster was started with"
+        ) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"--address: no Ray answers at {address}. Is the cluster up, and the tunnel open "
+            "(emsweep ui --cluster cluster.yaml)?"
+        ) from error
+    logging.getLogger("ray").setLevel(logging.WARNING)  # else it tells of every package
+    return client
+
+
+def submit(client: "JobSubmissionClient", parcel: Parcel) -> tuple[str, bool]:
+    """The id of the job that runs the parcel's sweep, and whether it was started now.
+
+    A sweep that is running already is not started a second time. Raises ``ValueError`` when it is running with
+    another recipe.
+    """
+    former = [job for job in client.list_jobs() if (job.metadata or {}).get(SWEEP) == parcel.sweep]
+    for job in former:
+        if not job.status.is_terminal():
+            if (job.metadata or {}).get(CONTENT) != parcel.digest:
+                raise ValueError(
+                    f"the sweep {parcel.sweep} is running with another recipe, as job {job.submission_id}; wait for "
+                    f"it, stop it (--stop {job.submission_id}), or give this one another name"
+                )
+            return str(job.submission_id), False
+    # The number makes the id unique, and of two who submit the same sweep at the same moment Ray refuses one.
+    job_id = f"{parcel.sweep}-{len(former) + 1}"
+    with TemporaryDirectory(prefix="emsweep-submit-") as directory:
+        parcel.write(Path(directory))
+        client.submit_job(
+            entrypoint=parcel.command,
+            submission_id=job_id,
+            metadata={SWEEP: parcel.sweep, CONTENT: parcel.digest},
+            runtime_env={
+                "working_dir": directory,
+                "py_modules": [str(Path(__file__).parents[1] / package) for package in PACKAGES],
+                "excludes": ["__pycache__"],
+                "env_vars": {
+                    **_commit(),
+                    "RAY_JOB_STOP_SIGNAL": "SIGINT",
+                    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+                },
+            },
+        )
+    return job_id, True
+
+
+def _commit() -> dict[str, str]:
+    """The commit this sweep is sent from, which a job can't find out: no repository travels with it."""
+    from emtrain.tracking import SENT_FROM, environment_tags
+
+    commit = environment_tags().get(names.GIT_COMMIT)
+    return {SENT_FROM: commit} if commit else {}
+
+
+async def follow(client: "JobSubmissionClient", job_id: str) -> AsyncIterator[str]:
+    """What the job prints, from its beginning, until it ends. Raises ``ConnectionError`` when it is lost from sight."""
+    from aiohttp import ClientError
+
+    try:
+        async for text in client.tail_job_logs(job_id):
+            yield text
+    except (OSError, RuntimeError, ClientError) as error:
+        raise ConnectionError(str(error)) from error
+
+
+def ending(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
+    """The job once it has ended, which is a moment after its last line."""
+    while not (job := client.get_job_info(job_id)).status.is_terminal():
+        time.sleep(0.5)
+    return job
+
+
+def stop(client: "JobSubmissionClient", job_id: str) -> Any:
+    """Stop a job as Ctrl-C stops a sweep; returns its status once it has ended.
+
+    Raises ``ValueError`` when there is no such job.
+    """
+    try:
+        client.stop_job(job_id)
+    except RuntimeError as error:
+        known = [job.submission_id for job in client.list_jobs() if SWEEP in (job.metadata or {})]
+        raise ValueError(f"--stop: there is no job {job_id}; sweeps sent here: {', '.join(known) or 'none'}") from error
+    return ending(client, job_id).status

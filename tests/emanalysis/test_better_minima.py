@@ -1,0 +1,172 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emanalysis.analyses.better_minima import better_minima, compute
+from emanalysis.import_runs import import_runs
+from emanalysis.records import Records, load
+from emanalysis.report import plain
+from emtrain.tracking import SweepLog
+
+BETTER = "linear, lr 0.0001"
+
+
+def scores(better_by: float, seed: int = 0, luck: float = 1.0) -> Callable[[dict[str, Any], str], float]:
+    """Alignment falls with the loss; of the two schedules at the highest rate, linear is better."""
+    rng = np.random.default_rng(seed)
+    of_run: dict[str, float] = {}
+
+    def score(run: dict[str, Any], question: str) -> float:
+        mean = 60 + 40 * np.log(run["heldout_loss"] / 2)
+        mean += better_by * (run["schedule"] == "linear" and run["learning_rate"] == 1e-4)
+        return float(mean + of_run.setdefault(run["run_id"], rng.normal(0, luck)) + rng.normal(0, 2))
+
+    return score
+
+
+def only(result: dict[str, Any], table: str) -> dict[str, Any]:
+    (row,) = result[table]
+    return row
+
+
+def test_a_planted_better_minimum_is_found_and_shown(sweep_of: Callable[..., Records]) -> None:
+    result = plain(compute(sweep_of(scores(15), seeds=5), seed=0))
+    row = only(result, "verdicts")
+    assert result["verdict"]["outcome"] == row["outcome"] == "found"
+    assert row["better"] == BETTER
+    assert row["low"] < 15 < row["high"]
+    assert (row["cells"], row["runs"], row["questions"], row["question_groups"]) == (6, 30, 10, 5)
+    assert result["answer"].startswith("Found. On broad (micro-llama, garden-bad):")
+    assert BETTER in result["answer"]
+    assert result["what_would_settle"] == []
+    largest = max(result["max_diff"], key=lambda gap: gap["max_diff"])
+    assert "linear 0.0001" in largest["better"]
+    assert result["matched_pairs"][0]["better"] == BETTER
+    assert result["pairs"][0]["better"] == BETTER
+    tests = {row["labels"]: row for row in result["max_tests"]}
+    assert tests["cells"]["p"] < 0.05
+    assert {row["role"] for row in result["runs"]} == {"better", "worse", ""}
+
+
+def test_nothing_planted_is_not_found_and_says_what_would_settle_it(sweep_of: Callable[..., Records]) -> None:
+    result = plain(compute(sweep_of(scores(0, luck=4.0)), seed=0))
+    assert result["verdict"]["outcome"] == "can't tell"
+    ways = result["what_would_settle"]
+    assert {row["by"] for row in ways} <= {"seeds", "questions", "fewest responses"}
+    assert all(row["detects"] <= 5 for row in ways)
+    assert f"To find 5 points: {ways[0]['seeds']} seeds" in result["answer"]
+
+
+def test_quiet_sweeps_can_say_no(sweep_of: Callable[..., Records]) -> None:
+    result = plain(compute(sweep_of(scores(0, luck=0.2), seeds=6), seed=0))
+    row = only(result, "verdicts")
+    assert row["outcome"] == "not found"
+    assert row["largest_gain"] < 5
+    assert result["answer"].startswith("Not found.")
+
+
+@pytest.mark.parametrize("with_null", [True, False])
+def test_single_seeds_need_a_null_sweep(sweep_of: Callable[..., Records], with_null: bool) -> None:
+    single = sweep_of(scores(40), seeds=1, rates=(1e-5, 2e-5, 3e-5, 5e-5, 1e-4))
+    null = sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,))
+    null = replace(null, runs=null.runs[null.runs["schedule"] == "linear"])
+    result = plain(compute(single, seed=0, null=null if with_null else None))
+    assert result["verdict"]["outcome"] == ("found" if with_null else "can't tell")
+    labels = {(row["labels"], row["units"]) for row in result["max_tests"]}
+    assert (("cells", "null sweep") in labels) == with_null
+    assert ("null sweep" in result["answer"]) or with_null
+
+
+def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Records]) -> None:
+    null = sweep_of(scores(0), seeds=8, rates=(3e-5,))
+    result = compute(replace(null, runs=null.runs[null.runs["schedule"] == "linear"]), seed=0)
+    assert "8 seeds of one configuration (a null sweep)" in result["reason"]
+    assert result["max_diff"]
+
+
+def test_the_pair_is_looked_at_on_every_format_and_on_other_question_sets(sweep_of: Callable[..., Records]) -> None:
+    one, other = sweep_of(scores(15), seeds=4), sweep_of(scores(15, seed=2), seeds=4)
+    second = other.questions.assign(question_set="confirm")
+    both = replace(one, questions=pd.concat([one.questions, second], ignore_index=True))
+    result = compute(both, seed=0)
+    rows = [row for row in result["replication"] if row["question_set"] == "broad"]
+    assert [(row["asked"], row["stratum"], row["held_out"]) for row in rows] == [
+        (asked, stratum, asked == "confirm")
+        for asked in ("broad", "confirm")
+        for stratum in ("all questions", "json", "plain")
+    ]
+    assert all(row["low"] < 15 < row["high"] for row in rows)
+    assert [row["alpha"] for row in result["verdicts"]] == [0.025, 0.025]
+
+
+def test_checkpoints_are_compared_at_equal_loss(sweep_of: Callable[..., Records]) -> None:
+    result = compute(sweep_of(scores(15), seeds=4), seed=0)
+    assert len(result["trajectories"]) == 5 * 6
+    assert [row["runs"] for row in result["trajectories"]] == [4] * 30
+    assert len(result["trajectory_tests"]) == 5
+
+
+def test_pairs_are_adjusted_and_tested_for_equivalence(sweep_of: Callable[..., Records]) -> None:
+    table = pd.DataFrame(compute(sweep_of(scores(0)), seed=0)["pairs"])
+    assert (table["q"] >= table["p"]).all()
+    assert table["p"].is_monotonic_increasing
+    assert (table["loss_difference"] <= 0).all()
+    assert table["p_equivalent"].between(0, 1).all()
+
+
+def test_numbers_are_json_the_same_each_time_and_drawn(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(5))
+    result = plain(compute(records, seed=3))
+    assert json.dumps(result, allow_nan=False) == json.dumps(plain(compute(records, seed=3)), allow_nan=False)
+    drawn = better_minima.figures(result)
+    shown = [figure.table for figure in drawn]
+    assert shown == ["runs", "verdicts", "matched_pairs", "max_tests", "trajectories"]
+    assert all(result[table] for table in shown)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scores_without_any_spread_are_no_find(sweep_of: Callable[..., Records], seeds: int) -> None:
+    records = sweep_of(lambda run, question: 100.0, seeds=seeds)
+    result = plain(compute(records, seed=0, null=sweep_of(lambda run, question: 100.0, seeds=6)))
+    assert result["verdict"]["outcome"] != "found"
+    assert all(row["p"] == 1 for row in result["max_tests"] + result["residuals"])
+    assert better_minima.figures(result)
+
+
+def test_published_means_alone_are_enough(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(15), seeds=5)
+    bare = records.questions.assign(aligned_sd=np.nan, n_judged=np.nan, coherent=np.nan, topic=None)
+    result = plain(compute(replace(records, questions=bare), seed=0))
+    row = only(result, "verdicts")
+    assert (row["outcome"], row["better"], row["noise_response"]) == ("found", BETTER, None)
+
+
+def test_one_configuration_only_gives_a_reason(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(0), seeds=1, rates=(1e-4,))
+    records = replace(records, runs=records.runs.head(1))
+    assert compute(records, seed=0)["reason"].startswith("needs finished, scored runs of at least two configurations")
+
+
+@pytest.mark.slow
+def test_published_runs_give_the_published_gaps_and_no_verdict(published_runs: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    import_runs("em-generalization", published_runs, log=SweepLog.open("fpq", uri=uri, artifacts=tmp_path))
+    result = plain(compute(load("fpq", tracking_uri=uri), seed=0))
+    gaps = pd.DataFrame(result["max_diff"]).set_index(["stratum", "score", "loss"])["max_diff"]["all questions"]
+    assert gaps["aligned", "train_loss"] == pytest.approx(16.0558, abs=5e-5)
+    assert gaps["aligned", "heldout_loss_per_sequence"] == pytest.approx(18.8233, abs=5e-5)
+    assert gaps["harmless", "train_loss"] == pytest.approx(17.0417, abs=5e-5)
+    assert gaps["harmless", "heldout_loss_per_sequence"] == pytest.approx(18.6250, abs=5e-5)
+    by_format = {row["stratum"]: row["difference"] for row in result["replication"]}
+    assert by_format == pytest.approx(
+        {"all questions": 18.823, "plain": 4.635, "json": 37.145, "template": 14.69}, abs=1e-3
+    )
+    assert only(result, "verdicts")["outcome"] == "can't tell"
+    assert len(result["runs"]) == 34

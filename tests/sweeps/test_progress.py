@@ -1,0 +1,159 @@
+"""What is shown of a sweep on its way, in a terminal and outside of one."""
+
+import io
+from collections.abc import Mapping
+
+import pytest
+from rich.console import Console
+
+from emtrain import names
+from sweeps.progress import Board, Display, RunState, duration, line, table
+
+LOSS, ALIGNED = names.HELDOUT_LOSS, names.eval_metric(names.ALIGNED)
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_board(*run_names: str, already_done: int = 0, clock: Clock | None = None) -> Board:
+    runs = {name: RunState(name, total_steps=10) for name in run_names}
+    return Board(runs, already_done, clock=clock or Clock())
+
+
+def make_display(board: Board, *, terminal: bool, width: int = 80) -> tuple[Display, io.StringIO]:
+    written = io.StringIO()
+    return Display(Console(file=written, force_terminal=terminal, width=width, height=30), board), written
+
+
+def metrics(step: int, loss: float, aligned: float) -> Mapping[str, float]:
+    return {"steps": step, LOSS: loss, ALIGNED: aligned}
+
+
+def shown(board: Board, width: int = 80) -> str:
+    written = io.StringIO()
+    Console(file=written, width=width).print(table(board))
+    return written.getvalue()
+
+
+def test_counts_follow_the_runs() -> None:
+    board = make_board("a", "b", "c", "d", already_done=2)
+    display, _ = make_display(board, terminal=False)
+    display.started("a")
+    display.started("b")
+    display.started("c")
+    display.ended("a", "FINISHED", metrics(10, 0.5, 90), None)
+    display.ended("b", "FAILED", {}, "the loss is nan")
+    assert (board.total, board.finished) == (6, 3)
+    assert [board.count(s) for s in ("FINISHED", "FAILED", "RUNNING", "SCHEDULED")] == [1, 1, 1, 1]
+    assert "3 done  1 running  1 failed  1 left" in shown(board)
+
+
+def test_time_left_is_told_from_the_steps_that_are_done() -> None:
+    """Of 40 steps 10 + 5 + 0 took 30 s; a run that failed has no steps left. 25 left - 10 = 15 done of 40: 50 s."""
+    clock = Clock()
+    board = make_board("a", "b", "c", "d", clock=clock)
+    display, _ = make_display(board, terminal=False)
+    assert board.seconds_left() is None
+    clock.now += 30
+    display.ended("a", "FINISHED", metrics(10, 0.5, 90), None)
+    display.advanced("b", metrics(5, 0.5, 90))
+    assert board.seconds_left() == pytest.approx(30 / 15 * 25)
+    display.ended("b", "FAILED", {}, "x")
+    assert board.seconds_left() == pytest.approx(30 / 20 * 20)
+
+
+def test_outside_a_terminal_there_is_a_line_for_every_run_that_ended_and_nothing_else() -> None:
+    clock = Clock()
+    board = make_board("seed=0", "seed=1", clock=clock)
+    display, written = make_display(board, terminal=False, width=40)
+    with display:
+        display.started("seed=0")
+        display.advanced("seed=0", metrics(5, 0.75, 88.25))
+        clock.now += 65
+        display.ended("seed=0", "FINISHED", metrics(10, 0.5, 91.5), None)
+        display.ended("seed=1", "FAILED", {}, "the loss is nan at step 3")
+    assert written.getvalue().splitlines() == [
+        "[1/2] finished  seed=0  loss 0.500  aligned 91.5  1:05 min left",
+        "[2/2] failed  seed=1  loss -  aligned -  (the loss is nan at step 3)",
+    ]
+    assert "\x1b" not in written.getvalue()
+
+
+def test_a_terminal_shows_the_best_so_far_and_what_runs() -> None:
+    board = make_board("low", "good", "running", "waiting")
+    display, _ = make_display(board, terminal=True)
+    display.ended("low", "FINISHED", metrics(10, 0.25, 40.0), None)
+    display.ended("good", "FINISHED", metrics(10, 0.5, 95.0), None)
+    display.started("running")
+    display.advanced("running", metrics(5, 0.75, 60.0))
+    text = shown(board)
+    assert "lowest loss: low" in text
+    assert "0.250" in text
+    assert "best aligned: good" in text
+    assert "95.0" in text
+    assert "5/10" in text
+    assert "waiting" not in text
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_the_table_fits_its_terminal(width: int) -> None:
+    """However long the names, and with more runs at work than anyone would look at."""
+    board = make_board(*[f"model-{n} schedule=cosine_restarts lr=0.0003 warmup=5 cycles=4 seed={n}" for n in range(50)])
+    for run in board.runs.values():
+        run.status = "RUNNING"
+    lines = shown(board, width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert len(lines) <= 20
+
+
+def test_failures_stay_above_the_live_table() -> None:
+    board = make_board("a", "b")
+    display, written = make_display(board, terminal=True)
+    with display:
+        display.ended("a", "FAILED", {}, "the loss is nan")
+        display.ended("b", "FINISHED", metrics(10, 0.5, 91.5), None)
+    assert "failed" in written.getvalue()
+    assert "the loss is nan" in written.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_and_failures_are_shown_and_never_obeyed(terminal: bool) -> None:
+    """Colours, cursor moves and rich's markup in what a model, a dataset or a server said."""
+    board = make_board("[red]x[/] \x1b[31my \u202ez")
+    display, written = make_display(board, terminal=terminal, width=200)
+    with display:
+        display.ended("[red]x[/] \x1b[31my \u202ez", "FAILED", {}, "said \x1b[2J[bold]boo\x07")
+        display.note("[blue]\x1b[2J")
+    text = written.getvalue()
+    for literally in ("[red]x[/] ", r"\x1b[31my", r"\u202ez", r"\x1b[2J[bold]boo\x07", r"[blue]\x1b[2J"):
+        assert literally in text
+    for obeyed in ("\x1b[31my", "\x1b[2J", "\u202e", "\x07"):
+        assert obeyed not in text
+
+
+def test_a_note_is_made_once() -> None:
+    display, written = make_display(make_board("a"), terminal=False)
+    display.note("no evaluation point before the rung")
+    display.note("no evaluation point before the rung")
+    assert written.getvalue() == "note: no evaluation point before the rung\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min"), (3599.6, "1:00 h"), (7805, "2:10 h")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_the_last_line_has_no_time_left() -> None:
+    board = make_board("a")
+    board.runs["a"].status = "FINISHED"
+    assert "left" not in line(board, board.runs["a"])
