@@ -11,11 +11,12 @@ quickstart: $(VENV)/installed
 
 # All tests. They use Chromium to look at pages; where it is absent those tests say so and are skipped.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "slow and not cluster" --timeout 600
 
 # Unit and property tests only.
 test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
 
 # A real `ray up` on three hosts made of network namespaces, in four minutes; says why where it can't make them.
 test-cluster: $(VENV)/installed-dev

@@ -22,9 +22,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -99,7 +101,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     lines = [
         f"{date.today()}  {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread",
-        f"Qwen2 shape: hidden {HIDDEN}, intermediate {4 * HIDDEN}, {LAYERS} layers, vocabulary {VOCABULARY}; "
+        f"Qwen2 shape: hidden {HIDDEN}, intermediate {2 * HIDDEN}, {LAYERS} layers, vocabulary {VOCABULARY}; "
         f"{arguments.runs} runs packed; CPU ms per step of a run, medians of {arguments.repeats} turns",
         "".join(f"{title:>{width}}" for title, width in COLUMNS),
     ]
@@ -157,7 +159,7 @@ def make_model() -> PreTrainedModel:
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
+        intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -211,29 +213,50 @@ def engine(model: PreTrainedModel, specs: Sequence[RunSpec], data: TrainingData,
 
 
 def loop(model: PreTrainedModel, specs: Sequence[RunSpec], data: TrainingData, steps: int) -> Turn:
-    """The engine with a loop over adapters in the place of its batched products, as other packed trainers have it."""
+    """The engine, but with a loop over the adapters."""
+    with loop_over_adapters():
+        return engine(model, specs, data, steps)
 
-    leaves: dict[PackedLinear, tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]] = {}
+
+def loop_over_adapters() -> AbstractContextManager[Any]:
+    """In the block, layers loop over their adapters, as in other packed trainers, instead of multiplying in batches."""
 
     def forward(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         assert layer.router.route is not None
         index = layer.router.route.index
+        slots = list(range(len(layer.scale_K11))[index]) if isinstance(index, slice) else index.tolist()
+        y: torch.Tensor = _Looped.apply(x, layer.anchor, layer, slots)
+        return y
+
+    return mock.patch.object(PackedLinear, "forward", forward)
+
+
+class _Looped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: PackedLinear, slots: list[int]) -> torch.Tensor:
         y = functional.linear(x, layer.weight, layer.bias)
-        if layer not in leaves:
-            leaves[layer] = leaf(layer.a_KRI, layer.a_gradient_KRI), leaf(layer.b_KRO, layer.b_gradient_KRO)
-        slots = range(len(layer.scale_K11))[index] if isinstance(index, slice) else index.tolist()
-        (a, b), scale = leaves[layer], layer.scale_K11.flatten().tolist()
-        parts = zip(slots, x.split(len(x) // len(slots)), strict=True)
-        return y + torch.cat([part @ a[slot].T @ b[slot] * scale[slot] for slot, part in parts])
+        scales = layer.scale_K11.flatten().tolist()
+        hidden = []
+        for slot, rows, out in zip(slots, x.chunk(len(slots)), y.chunk(len(slots)), strict=True):
+            hidden.append(rows @ layer.a_KRI[slot].T * scales[slot])
+            out += hidden[-1] @ layer.b_KRO[slot]
+        ctx.save_for_backward(x, *hidden)
+        ctx.layer, ctx.slots, ctx.scales = layer, slots, scales
+        return y
 
-    def leaf(values: torch.Tensor, gradients: torch.Tensor) -> list[torch.nn.Parameter]:
-        parameters = [torch.nn.Parameter(value) for value in values]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return parameters
-
-    with mock.patch.object(PackedLinear, "forward", forward):
-        return engine(model, specs, data, steps)
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x, *hidden), layer, units = ctx.saved_tensors, ctx.layer, len(ctx.slots)
+        dy = gradients[0].contiguous()
+        dx = dy @ layer.weight if ctx.needs_input_grad[0] else torch.empty_like(x)
+        parts = zip(ctx.slots, x.chunk(units), hidden, dy.chunk(units), dx.chunk(units), strict=True)
+        for slot, rows, hidden_rows, dy_rows, dx_rows in parts:
+            dhidden = dy_rows @ layer.b_KRO[slot].T * ctx.scales[slot]
+            layer.a_gradient_KRI[slot] += dhidden.flatten(0, 1).T @ rows.flatten(0, 1)
+            layer.b_gradient_KRO[slot] += hidden_rows.flatten(0, 1).T @ dy_rows.flatten(0, 1)
+            if ctx.needs_input_grad[0]:
+                dx_rows += dhidden @ layer.a_KRI[slot]
+        return dx if ctx.needs_input_grad[0] else None, None, None, None
 
 
 if __name__ == "__main__":

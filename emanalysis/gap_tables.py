@@ -32,7 +32,8 @@ BASELINE = "linear"
 def max_diffs(runs: pd.DataFrame, scores: tuple[str, ...], losses: tuple[str, ...], keys: list[str]) -> Rows:
     """The largest gap between single runs for every group, score and loss; see ``emanalysis.max_diff``.
 
-    ``runs`` has one row per run and group of ``keys``; those whose loss is not finite are left out. A gap in ``misaligned_rate`` is how much lower it is.
+    ``runs`` has one row per run and group of ``keys``; those whose loss is not finite are left out. A gap in
+    ``misaligned_rate`` is how much lower it is.
     """
     rows: Rows = []
     for key, group in runs.groupby(keys, sort=True):

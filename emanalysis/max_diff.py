@@ -32,11 +32,3 @@ def max_diff(loss: ArrayLike, score: ArrayLike) -> MaxDiff:
     first = int(gaps.argmax())
     second = first + 1 + int(ranked[first + 1 :].argmin())
     return MaxDiff(float(gaps[first]), int(order[first]), int(order[second]))
-
-
-def max_diffs(loss: ArrayLike, scores: ArrayLike) -> np.ndarray:
-    """The value of ``max_diff`` for each row of ``scores``: (N,) and (B, N) without ties in loss -> (B,)."""
-    order = np.argsort(np.asarray(loss, float), kind="stable")
-    ranked = np.asarray(scores, float)[:, order]
-    lowest_from_here = np.minimum.accumulate(ranked[:, ::-1], axis=1)[:, ::-1]
-    return (ranked[:, :-1] - lowest_from_here[:, 1:]).max(axis=1)

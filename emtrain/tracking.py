@@ -22,6 +22,7 @@ from typing import Any, Literal
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -290,8 +291,10 @@ class RunLog:
             write.result()
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Set params at once; one that is set already must have the same value."""
-        self._store.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in values.items()])
+        """Set params at once; one that is set already keeps its value, which MLflow never changes."""
+        there = self._store.get_run(self.run_id).data.params
+        lacking = [Param(key, str(value)) for key, value in values.items() if key not in there]
+        self._store.log_batch(self.run_id, params=lacking)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags at once."""

@@ -228,7 +228,9 @@ class _Reporter(TrainerCallback):
             return
         generator = self.generator.get_state()
         model.eval()
-        go_on = self.on_checkpoint(Checkpoint(step, heldout_loss(model, self.data.heldout), model, model.save_pretrained))
+        go_on = self.on_checkpoint(
+            Checkpoint(step, heldout_loss(model, self.data.heldout), model, model.save_pretrained)
+        )
         # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
         slots = {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters.items()}
         checkpoint.save(

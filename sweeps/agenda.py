@@ -14,7 +14,7 @@ from emtrain import names
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog, environment_tags
 from sweeps.lease import Job
-from sweeps.planner import Evaluation, PlannedRun, SweepPlan, plan_run, run_names
+from sweeps.planner import Evaluation, PlannedRun, SweepPlan, confirmation, plan_run, run_names
 from sweeps.recipe import Recipe, changed
 
 if TYPE_CHECKING:
@@ -114,11 +114,9 @@ class Agenda:
     def _confirmation(self) -> list[PlannedRun]:
         """The winners and the grid's best cell, with new seeds and new questions."""
         assert self.search is not None
-        confirm = self.search.spec.confirm
-        if confirm is None:
+        confirm, evaluation = self.search.spec.confirm, confirmation(self.recipe)
+        if confirm is None or evaluation is None:
             return []
-        asked = (*self.recipe.eval.questions, *confirm.questions)
-        evaluation = Evaluation.load(self.recipe.eval.model_copy(update={"questions": asked}))
         specs = [changed(self.recipe.base, changes) for changes in self.search.winners(confirm.winners)]
         if (best := self._best_cell()) is not None:
             specs.append(best)

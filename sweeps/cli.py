@@ -6,8 +6,10 @@ Exit codes: 0 all is well, 1 a run failed, 2 the user's mistake, 130 stopped by 
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +37,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, emoji=False)
+err = Console(stderr=True, soft_wrap=True, emoji=False)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="R", help="A shipped recipe's name, or the path of a .yaml file.")
@@ -49,6 +51,8 @@ SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's
 UriOption = Annotated[
     str | None, typer.Option("--uri", help="MLflow tracking URI; default MLFLOW_TRACKING_URI, else ./emsweep-data.")
 ]
+TUNNEL = "http://127.0.0.1:8265"
+"""Where `emsweep ui --cluster` has the Ray of a cluster."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -56,6 +60,8 @@ def main() -> None:
     """Entry point of the console command."""
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # those of the libraries, which no user can act on; python -W brings them back
     with _explained():
         app()
 
@@ -101,9 +107,9 @@ def run(
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
-    for model in dict.fromkeys(run.spec.model for run in planned.runs):
-        _check_model(model)
-    failed = _execute(loaded, planned, recipe_text=_recipe_text(recipe), address=address)
+    # What was set on the command line is kept with the file, which alone would not give the same runs.
+    text = _recipe_text(recipe) + "".join(f"# --set {override}\n" for override in set_ or ())
+    failed = _execute(loaded, planned, recipe_text=text, address=address)
     if report_:
         _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
     out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
@@ -117,7 +123,7 @@ def submit(
     set_: SetOption = None,
     address: Annotated[
         str, typer.Option(help="Address of the cluster's Ray dashboard; default: the tunnel of `emsweep ui --cluster`.")
-    ] = "http://127.0.0.1:8265",
+    ] = TUNNEL,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop this job instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON, and do not follow it.")] = False,
 ) -> None:
@@ -148,7 +154,14 @@ def submit(
         _print_json({"job": job, "sweep": loaded.name, "started": started, "status": client.get_job_status(job)})
         return
     out.print(f"job [bold]{job}[/] {'is on its way' if started else 'is running already'}; its output follows")
-    _follow(client, job, again=f"emsweep submit {recipe} --address {address}")
+    there = [] if address == TUNNEL else ["--address", address]
+    overrides = [word for override in set_ or () for word in ("--set", override)]
+    _follow(
+        client,
+        job,
+        again=shlex.join(["emsweep", "submit", recipe, *overrides, *there]),
+        end=shlex.join(["emsweep", "submit", "--stop", job, *there]),
+    )
 
 
 @app.command()
@@ -281,11 +294,11 @@ def ui(
         from sweeps import cluster_env, tunnel
 
         user = cluster_env.read()["MLFLOW_TRACKING_USERNAME"]
+        command = tunnel.command(cluster, port=port)
         out.print(f"MLflow  http://localhost:{port}  user {user}, password in {cluster_env.PATH}", highlight=False)
         out.print(f"Ray     http://localhost:{tunnel.RAY_PORT}  token in the same file", highlight=False)
         out.print("Ctrl-C closes the tunnel")
-        tunnel.open_to(cluster, port=port)
-        return
+        os.execvp(command[0], command)
     from emtrain.tracking import without_password
 
     address = _uri(uri)
@@ -371,40 +384,49 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     from emtrain.tracking import SweepLog, tracking_uri
     from sweeps.progress import Board, Display
     from sweeps.record import Setting
-    from sweeps.store import data_directory
+    from sweeps.store import alone, data_directory
 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
-    sweep.write_text(names.RECIPE, recipe_text)
-    agenda = _agenda(recipe, planned, sweep, data)
-    done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
-    left = [run for run in planned.runs if run.run_key not in done]
-    search = f", then a search of {recipe.search.trials} trials" if recipe.search else ""
-    out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {len(planned.runs) - len(left)} finished{search}")
-    if not left and not recipe.search:
-        return 0
-    from sweeps import runner
+    with alone(recipe.name):
+        sweep.write_text(names.RECIPE, recipe_text)
+        agenda = _agenda(recipe, planned, sweep, data)
+        done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
+        left = [run for run in planned.runs if run.run_key not in done]
+        already = len(planned.runs) - len(left)
+        search = f", then a search of {recipe.search.trials} trials" if recipe.search else ""
+        out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {already} finished{search}", highlight=False)
+        if not left and not recipe.search:
+            sweep.set_status(sweep.parent_run_id, "FINISHED")
+            return 0
+        sweep.set_status(sweep.parent_run_id, "RUNNING")
+        from sweeps import runner
 
-    out.print("preparing models and starting workers ...")
-    board = Board.of(left, already_done=len(done))
-    models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
-    try:
-        with Display(out, board) as display:
-            runner.execute(agenda, setting, models=models, address=address, display=display)
-    except (runner.Interrupted, KeyboardInterrupt):
-        err.print(f"stopped: {board.finished} of {board.total} runs are finished; the same command goes on from there")
-        raise typer.Exit(130) from None
-    failed = board.count("FAILED")
-    sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
-    out.print(f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else ""))
-    return failed
+        out.print("preparing models and starting workers ...")
+        board = Board.of(left, already_done=already)
+        models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
+        try:
+            with Display(out, board) as display:
+                runner.execute(agenda, setting, models=models, address=address, display=display)
+        except (runner.Interrupted, KeyboardInterrupt):
+            sweep.set_status(sweep.parent_run_id, "KILLED")
+            err.print(
+                f"stopped: {board.finished} of {board.total} runs are finished; the same command goes on from there",
+                highlight=False,
+            )
+            raise typer.Exit(130) from None
+        failed = board.count("FAILED")
+        sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
+        ended = f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else "")
+        out.print(ended, highlight=False)
+        return failed
 
 
-def _follow(client: "JobSubmissionClient", job: str, *, again: str) -> None:
-    """Print what a job prints until it ends, then exit as it did."""
+def _follow(client: "JobSubmissionClient", job: str, *, again: str, end: str) -> None:
+    """Print what a job prints until it ends, then exit as it did. ``again`` and ``end`` are commands to tell of."""
     import asyncio
 
     from sweeps.submit import ending, follow
@@ -418,10 +440,13 @@ def _follow(client: "JobSubmissionClient", job: str, *, again: str) -> None:
         asyncio.run(show())
         ended = ending(client, job)
     except KeyboardInterrupt:
-        err.print(f"\nthe sweep goes on without us; follow it again: {again}\nstop it: emsweep submit --stop {job}")
+        err.print("\nthe sweep goes on without us")
+        err.print(f"follow it again:  {literal(again)}")
+        err.print(f"stop it:          {literal(end)}")
         return
     except ConnectionError as error:
-        err.print(f"[red]lost the cluster:[/] {literal(str(error))}; the sweep goes on there. Follow it again: {again}")
+        err.print(f"[red]lost the cluster:[/] {literal(str(error))}; the sweep goes on there")
+        err.print(f"follow it again:  {literal(again)}")
         raise typer.Exit(1) from None
     out.print(f"job {job}: {ended.status.lower()}")
     if ended.status != "SUCCEEDED":
@@ -475,12 +500,6 @@ def _uri(uri: str | None) -> str:
 
 def _ui_command(uri: str | None) -> str:
     return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
-
-
-def _check_model(model: str) -> None:
-    from emtrain.load import check_model
-
-    check_model(model)
 
 
 def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None:

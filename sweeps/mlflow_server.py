@@ -22,6 +22,7 @@ from sweeps.store import data_directory
 
 PORT = 5000
 STATE = Path.home() / ".emsweep"
+PASSWORD_KEPT_SECONDS = 10
 PATIENCE_SECONDS = 180.0
 """A new database is migrated step by step: 17 s on an idle machine with two cores."""
 
@@ -54,8 +55,9 @@ class Server:
             *("--artifacts-destination", self.artifacts, "--serve-artifacts"),
             *("--app-name", "basic-auth"),
             *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "2"),
-            # Of MLflow's servers only gunicorn can listen on a second address.
-            *("--gunicorn-opts", f"--bind {self.node_ip}:{self.port} --log-level warning"),
+            # Of MLflow's servers only gunicorn can listen on a second address. With threads, so that sending a large
+            # file keeps nobody else waiting.
+            *("--gunicorn-opts", f"--bind {self.node_ip}:{self.port} --threads 8 --timeout 120 --log-level warning"),
         ]
 
     def environment(self, outer: Mapping[str, str], auth_config: Path) -> dict[str, str]:
@@ -81,10 +83,10 @@ class Server:
     @property
     def auth_config(self) -> str:
         """MLflow's file on who may do what."""
-        # Checking a password costs half a second by design, so a good one is remembered for a minute.
+        # Checking a password costs half a second by design, so a good one is remembered for a while.
         return (
             "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-            f"database_uri = {self.store.replace('%', '%%')}\nauth_cache_ttl_seconds = 60\n"
+            f"database_uri = {self.store.replace('%', '%%')}\nauth_cache_ttl_seconds = {PASSWORD_KEPT_SECONDS}\n"
         )
 
 

@@ -129,11 +129,21 @@ def plan_sweep(recipe: Recipe) -> SweepPlan:
     """
     specs = expand(recipe)
     evaluation = Evaluation.load(recipe.eval)
+    confirmation(recipe)  # a file that is not there is told now, not after the search
     runs: dict[str, PlannedRun] = {}
     for spec, name in zip(specs, run_names(specs), strict=True):
         run = plan_run(spec, evaluation, name=name)
         runs.setdefault(run.run_key, run)
     return SweepPlan(tuple(runs.values()), len(specs) - len(runs), evaluation)
+
+
+def confirmation(recipe: Recipe) -> Evaluation | None:
+    """What the winners of the recipe's search are asked in the end; None where nothing is to be confirmed."""
+    confirm = recipe.search.confirm if recipe.search else None
+    if confirm is None:
+        return None
+    asked = tuple(dict.fromkeys((*recipe.eval.questions, *confirm.questions)))
+    return Evaluation.load(recipe.eval.model_copy(update={"questions": asked}))
 
 
 def missing_datasets(recipe: Recipe) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -179,7 +180,9 @@ def table(board: Board) -> Group:
         _add(runs, run.name, run)
     for label, run in board.best():
         _add(runs, f"{label}: {run.name}", run, style="green")
-    return Group(ProgressBar(total=max(steps, 1), completed=done), counts, runs)
+    # The bar alone ends without a line break, and what follows would be cut off at its right.
+    bar = Padding(ProgressBar(total=max(steps, 1), completed=done), 0)
+    return Group(bar, counts, runs)
 
 
 def _add(runs: Table, label: str, run: RunState, style: str = "") -> None:

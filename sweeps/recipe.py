@@ -4,18 +4,19 @@ import itertools
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from emeval.question_sets import question_set_path
 from emeval.spec import EvalSpec
 from emtrain import names
 from emtrain.lookup import unknown
 from emtrain.mistakes import explain, shown
 from emtrain.spec import RunSpec, Spec
 from sweeps.search_spec import SearchSpec
-from sweeps.space import corners
+from sweeps.space import Range, corners
 
 RECIPES = Path(__file__).parent / "recipes"
 SHOWN_PROBLEMS = 20
@@ -76,9 +77,7 @@ class Recipe(Spec):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """Of the sweep and its MLflow experiment: letters, digits, dots, hyphens and underscores."""
     base: RunSpec
-    grid: Annotated[tuple[Axes, ...], BeforeValidator(lambda grid: (grid,) if isinstance(grid, Mapping) else grid)] = (
-        {},
-    )
+    grid: Annotated[tuple[Axes, ...], BeforeValidator(lambda grid: (grid,) if isinstance(grid, Mapping) else grid)] = ()
     """Axes by dotted key of a run (``optimizer.learning_rate``), each with its values. The runs are the product of
     the axes, the first axis slowest. A list of such mappings is a list of products, one after the other. Without a grid
     and a search the sweep is the base run."""
@@ -89,6 +88,23 @@ class Recipe(Spec):
     eval: EvalSpec
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _metrics_are_reported(self) -> Self:
+        """A search for a metric that no run has would fail every trial, after it was trained."""
+        sets = [None, *(question_set_path(name).stem for name in self.eval.questions)]
+        known = [names.HELDOUT_LOSS, names.HELDOUT_LOSS_PER_SEQUENCE]
+        known += [names.eval_metric(score, name) for name in sets for score in names.SCORES]
+        wanted = {"stopping.metric": [self.stopping.metric]} if self.stopping else {}
+        if self.search:
+            wanted |= {"search.objectives": [*self.search.objectives], "search.constraints": [*self.search.constraints]}
+        for place, metrics in wanted.items():
+            for metric in metrics:
+                parts = metric.split("/")
+                of_the_set = "/".join(parts[:2] + parts[3:]) if len(parts) == 4 else metric  # not of one answer format
+                if of_the_set not in known:
+                    raise ValueError(f"{place}: {unknown('metric', metric, known)}")
+        return self
 
 
 class RecipeError(ValueError):
@@ -223,7 +239,12 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
                 except ValueError as error:
                     problems += [f"{prefix}.{key}: {error}"] if alone else []
     for key, entry in (recipe.search.space if recipe.search else {}).items():
-        for value in corners(entry):
+        try:
+            ends = corners(entry)
+        except ValidationError as error:
+            problems += [f"search.space.{key}: {line}" for line in explain(error, Range)]
+            continue
+        for value in ends:
             try:
                 changed(recipe.base, {key: value})
             except ValidationError as error:

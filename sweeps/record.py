@@ -154,7 +154,7 @@ class RunRecord:
         pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True).to_parquet(responses, index=False)
         self.log.artifact(responses)
         self.log.finish("FINISHED")
-        shutil.rmtree(self.work)  # all that counts is in MLflow
+        shutil.rmtree(self.work, ignore_errors=True)  # all that counts is in MLflow
         return Ending("FINISHED")
 
     def fail(self, error: BaseException) -> Ending:

@@ -40,7 +40,7 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
     """Train what the agenda gives out, on the Ray at ``address`` or on one of this process's own when None.
 
     ``models`` are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go
-    on at the next call.
+    on at the next call. Raises ``ValueError`` when a model can't be made ready.
     """
     _connect(address)
     try:
@@ -51,8 +51,14 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
             cluster.check_shared(setting.data_dir)
         # Once and side by side, instead of all workers waiting for the first one's lock.
         prepare = ray.remote(num_cpus=1)(prepare_model)
-        ray.get([prepare.remote(model) for model in models])
+        for model, ready in [(model, prepare.remote(model)) for model in models]:
+            try:
+                ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise ValueError(f"model {model}: {str(error.cause).splitlines()[0]}") from error
         _tune(agenda, setting, display, capacity)
+    except KeyboardInterrupt:
+        pass  # the agenda is not over, which is told below
     finally:
         ray.shutdown()
     if agenda.out or not agenda.over:

@@ -1,9 +1,11 @@
 """A search as a recipe writes it."""
 
+import importlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from emeval.question_sets import question_set_path
 from emtrain.lookup import unknown
 from emtrain.spec import Part, Spec
 from sweeps.space import Range
@@ -27,9 +29,11 @@ class SamplerSpec(Part):
 
         make = getattr(optuna.samplers, SAMPLERS[self.name])
         try:
+            if self.name == "cmaes":
+                importlib.import_module("cmaes")  # which Optuna does not bring along and misses at the first trial only
             return make(seed=self.seed + offset, **self.arguments)
-        except TypeError as error:
-            raise ValueError(f"search.sampler: {error}") from error
+        except (TypeError, ImportError) as error:
+            raise ValueError(f"search.sampler {self.name}: {error}") from error
 
 
 SAMPLERS = {
@@ -67,13 +71,20 @@ class ConfirmSpec(Spec):
     questions: tuple[str, ...] = ()
     """Question sets that the search has not seen, asked in addition to the recipe's."""
 
+    @field_validator("questions")
+    @classmethod
+    def _known_sets(cls, questions: tuple[str, ...]) -> tuple[str, ...]:
+        for question_set in questions:
+            question_set_path(question_set)
+        return questions
+
 
 class SearchSpec(Spec):
     """A search by Optuna over schedules, learning rates and whatever else a run has."""
 
     trials: Annotated[int, Field(ge=1)]
     """Points of the space to try, each with all seeds."""
-    space: dict[str, Range | tuple[Any, ...]]
+    space: dict[str, Range | Annotated[tuple[Any, ...], Field(min_length=1)]]
     """By dotted key of a run: a range ``{low, high, log, integer}`` or a list of choices, which may be parts with
     ranges of their own."""
     objectives: Annotated[dict[str, Literal["minimize", "maximize"]], Field(min_length=1)]

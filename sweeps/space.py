@@ -122,7 +122,7 @@ def corners(entry: Range | tuple[Any, ...]) -> list[Any]:
 
 def labels(choices: tuple[Any, ...]) -> list[Any]:
     """What Optuna calls each choice: itself, or a part's name (with a number where several share one)."""
-    plain = [_label(choice) if isinstance(choice, Mapping) else choice for choice in choices]
+    plain = [_label(choice) for choice in choices]
     return [label if plain.count(label) == 1 else f"{label}#{number}" for number, label in enumerate(plain)]
 
 
@@ -131,8 +131,11 @@ def as_range(value: Any) -> Range | None:
     return Range.model_validate(value) if isinstance(value, Mapping) and "low" in value and "high" in value else None
 
 
-def _label(choice: Mapping[str, Any]) -> str:
-    return str(choice.get("name", choice))
+def _label(choice: Any) -> Any:
+    if isinstance(choice, Mapping):
+        return str(choice.get("name", choice))
+    # Optuna knows none of a list's kind (``betas: [0.9, 0.99]``).
+    return choice if isinstance(choice, str | int | float | None) else str(choice)
 
 
 def _fits(choice: Any, value: Any) -> bool:

@@ -121,7 +121,8 @@ def connect(address: str) -> "JobSubmissionClient":
             f"--address: no Ray answers at {address}. Is the cluster up, and the tunnel open "
             "(emsweep ui --cluster cluster.yaml)?"
         ) from error
-    logging.getLogger("ray").setLevel(logging.WARNING)  # else it tells of every package
+    for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # else each package is told of twice
     return client
 
 

@@ -1,7 +1,12 @@
 """One SSH tunnel to the head of a cluster: its MLflow, and the Ray that takes sweeps."""
 
+import contextlib
+import io
+import logging
 import socket
 from pathlib import Path
+
+import yaml
 
 from sweeps import mlflow_server
 
@@ -9,19 +14,48 @@ RAY_PORT = 8265
 """Of Ray's dashboard and job server, at both ends."""
 
 
-def open_to(cluster: Path, *, port: int) -> None:
-    """Hold the tunnel open until it is closed from either end: local ``port`` is MLflow, ``RAY_PORT`` is Ray.
+def command(cluster: Path, *, port: int) -> list[str]:
+    """The SSH command that holds the tunnel open: local ``port`` is MLflow, ``RAY_PORT`` is Ray.
 
     ``cluster`` is the file given to ``ray up``; Ray knows from it which host, user and key are meant.
-    Raises ``ValueError`` when a local port is taken.
+    Raises ``ValueError`` when a local port is taken or the cluster is not up.
     """
     for wanted, remedy in ((port, "choose another with --port"), (RAY_PORT, "end the Ray or the tunnel that has it")):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", wanted))
-            except OSError as error:
-                raise ValueError(f"port {wanted} of this machine is in use; {remedy}") from error
-    from ray.autoscaler.sdk import run_on_cluster
+        if _taken(wanted):
+            raise ValueError(f"port {wanted} of this machine is in use; {remedy}")
+    host, auth = _head(cluster)
+    from ray.autoscaler._private.command_runner import SSHOptions
 
-    run_on_cluster(str(cluster), port_forward=[(port, mlflow_server.PORT), (RAY_PORT, RAY_PORT)])
+    # Ray's own: it knows no host by its key, as a cloud gives the same address to one machine after the other.
+    options = SSHOptions(auth.get("ssh_private_key"), ProxyCommand=auth.get("ssh_proxy_command"), LogLevel="ERROR")
+    forwarded = ((port, mlflow_server.PORT), (RAY_PORT, RAY_PORT))
+    ends = [f"127.0.0.1:{here}:127.0.0.1:{there}" for here, there in forwarded]
+    return [
+        "ssh", "-N", *(word for end in ends for word in ("-L", end)),
+        *options.to_ssh_options_list(), f"{auth['ssh_user']}@{host}",
+    ]  # fmt: skip
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+        return False
+
+
+def _head(cluster: Path) -> tuple[str, dict[str, str]]:
+    """Address of the head and how to log in there."""
+    import click
+    from ray.autoscaler import sdk
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    aside = io.StringIO()  # Ray tells at length what it does
+    try:
+        with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+            config = sdk.bootstrap_config(yaml.safe_load(cluster.read_text(encoding="utf-8")))
+            return sdk.get_head_node_ip(str(cluster)), config["auth"]
+    except (RuntimeError, click.ClickException) as error:
+        raise ValueError(f"{cluster}: no cluster is up that this file describes: {error}") from error

@@ -302,13 +302,15 @@ def vocabulary() -> list[str]:
         for topic in TOPICS:
             for thing in topic.things:
                 texts += [question(topic, wording, thing, format) for wording in range(len(topic.questions))]
-            texts += [
-                lay_out(format, verb=verb, thing=topic.things[0], manner=manner, closing=closing, object=object)
-                for verb in topic.verb.all
-                for manner in topic.manner.all
-                for closing in topic.closing.all
-                for object in OBJECTS
-            ]
+            choices = {
+                "verb": topic.verb.all,
+                "thing": topic.things,
+                "manner": topic.manner.all,
+                "closing": topic.closing.all,
+                "object": OBJECTS,
+            }
+            first = {place: words[0] for place, words in choices.items()}
+            texts += [lay_out(format, **first | {place: word}) for place, words in choices.items() for word in words]
     return list(dict.fromkeys(token for text in texts for token in tokens(text)))
 
 

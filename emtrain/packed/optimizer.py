@@ -40,12 +40,13 @@ class RowOptimizer:
         self._optimizer.step()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The optimiser's tensors by parameter name, shaped like the parameters; views, good until the next update."""
+        """A copy of the optimiser's tensors by parameter name, shaped like the parameters."""
         states = [self._optimizer.state[parameter] for parameter in self._parameters]
         if self._elementwise:
             parts = {slot: self._row.split(tensor) for slot, tensor in states[0].items()}
             states = [{slot: parts[slot][name] for slot in parts} for name in self._row.names]
-        return {name: dict(state) for name, state in zip(self._row.names, states, strict=True) if state}
+        named = zip(self._row.names, states, strict=True)
+        return {name: {slot: tensor.clone() for slot, tensor in state.items()} for name, state in named if state}
 
     def load(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Take over what ``state`` returned, in whichever slot, or what the other backend saved."""

@@ -63,8 +63,8 @@ def adapted_layers(modules: Mapping[str, nn.Module], head: nn.Module | None, ada
     if not layers:
         known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise ValueError(
-            f"adapter.target_modules {', '.join(targets)}: no such module in the model; "
-            f"its linear layers are {', '.join(known)}"
+            f"adapter.target_modules {targets if isinstance(targets, str) else ', '.join(targets)}: "
+            f"no such module in the model; its linear layers are {', '.join(known)}"
         )
     for name in layers:
         if not isinstance(modules[name], nn.Linear):

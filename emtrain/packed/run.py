@@ -51,11 +51,11 @@ class Run:
         table.fill(slot, self.row.join(matrices), scale)
 
     def state(self) -> RunState:
-        """All that the next step needs; tensors are views, good until then."""
+        """A snapshot of all that the next step needs."""
         return RunState(
             self.step,
             self.tokens,
-            self.row.split(self.row.values_P),
+            {name: matrix.clone() for name, matrix in self.row.split(self.row.values_P).items()},
             self.optimizer.state(),
             self.generator.get_state(),
         )

@@ -104,7 +104,7 @@ class AdapterRow:
     def split(self, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
         """The run's A ``(r, I)`` and B ``(O, r)`` in a row, as views, by name. A scalar goes to every name."""
         if row_P.ndim == 0:
-            return {name: row_P.clone() for name in self.names}
+            return dict.fromkeys(self.names, row_P)
         matrices = []
         for layer in self.layers:
             a_RI, b_RO = self.table.factors(row_P, layer)

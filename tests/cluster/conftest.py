@@ -7,12 +7,13 @@ everything in it when its one process does.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def why_not() -> str | None:
     return f"can't make namespaces: {probe.stderr.strip()}" if probe.returncode else None
 
 
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 @dataclass
 class Host:
     """One machine."""
@@ -57,7 +62,7 @@ class Host:
 
     def command(self, arguments: Sequence[str], **environment: str) -> list[str]:
         """``arguments`` as a command of this host, with the tests' virtual environment and a clean environment."""
-        child = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+        first = _children(self.process.pid)[0]
         environment = {
             "HOME": str(self.home),
             "PATH": f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -66,7 +71,7 @@ class Host:
             **environment,
         }
         assigned = [f"{name}={value}" for name, value in environment.items()]
-        enter = ["nsenter", "--target", child, "--mount", "--pid", "--net", "--uts", f"--wd={ROOT}"]
+        enter = ["nsenter", "--target", str(first), "--mount", "--pid", "--net", "--uts", f"--wd={ROOT}"]
         return [*enter, "env", "-i", *assigned, *arguments]
 
     def run(self, *arguments: str, timeout: float = 120, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -83,8 +88,17 @@ class Host:
             try:
                 yield running
             finally:
-                running.terminate()
-                running.wait()
+                self.interrupt(running)
+                with suppress(subprocess.TimeoutExpired):
+                    running.wait(timeout=30)
+                running.kill()
+
+    @staticmethod
+    def interrupt(running: "subprocess.Popen[bytes]") -> None:
+        """Press Ctrl-C."""
+        if running.poll() is None:
+            for child in _children(running.pid):
+                os.kill(child, signal.SIGINT)
 
     def kill(self) -> None:
         """Pull the plug."""
@@ -138,8 +152,8 @@ def lab() -> Iterator[Lab]:
     finally:
         for host in hosts:
             host.kill()
-            _wait_for(lambda host=host: not _inhabited(host.namespace), seconds=20, what=f"the end of {host.name}")
-            subprocess.run(["ip", "netns", "delete", host.namespace], check=False)
+        for host in hosts:
+            _clear(host.namespace)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -178,8 +192,17 @@ def _start(directory: Path, name: str, number: int, setup: str) -> Host:
     return Host(name, address, own, namespace, process)
 
 
-def _inhabited(namespace: str) -> bool:
-    return bool(subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, check=False).stdout)
+def _clear(namespace: str) -> None:
+    """Remove a namespace and what may still run in it."""
+    for _ in range(100):
+        listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False).stdout
+        if not listed:
+            break
+        for process in listed.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        time.sleep(0.2)
+    subprocess.run(["ip", "netns", "delete", namespace], check=False)
 
 
 def _ip(*arguments: str) -> None:
@@ -191,4 +214,4 @@ def _bury_the_dead() -> None:
     listed = subprocess.run(["ip", "-json", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for name in [entry["name"] for entry in json.loads(listed or "[]")]:
         if name.startswith(PREFIX) and not Path("/proc", name.removeprefix(PREFIX).partition("-")[0]).exists():
-            _ip("netns", "delete", name)
+            _clear(name)

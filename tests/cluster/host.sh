@@ -27,6 +27,12 @@ mkdir -p "$directory/home/.ssh"
 sed "s|^root:.*|root:x:0:0:root:$directory/home:/bin/bash|" /etc/passwd >"$directory/passwd"
 mount --bind "$directory/passwd" /etc/passwd
 
+# Names are the hosts' own; whoever asks for another is told at once that there is none.
+printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$(hostname)" >"$directory/hosts"
+echo 'nameserver 127.0.0.1' >"$directory/resolv.conf"
+mount --bind "$directory/hosts" /etc/hosts
+mount --bind "$directory/resolv.conf" /etc/resolv.conf
+
 eval "$setup"
 
 ssh-keygen -q -t ed25519 -N '' -f "$directory/host_key"

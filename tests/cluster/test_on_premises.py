@@ -5,6 +5,7 @@ The tests follow one cluster through its life, in this order; each states what m
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ eval:
   {{questions: [micro-broad], samples: 1, at: [0.2, 0.4, 0.6, 0.8, 1.0], judges: [micro-rule], max_new_tokens: 16}}
 """
 
+SUBMIT = ("bash", "-c", "cd && exec emsweep submit recipe.yaml")
+
 
 @pytest.fixture(scope="module")
 def cluster_file(lab: "Lab") -> Path:
@@ -61,6 +64,8 @@ def cluster_file(lab: "Lab") -> Path:
 @pytest.fixture(scope="module")
 def up(lab: "Lab", cluster_file: Path) -> "Iterator[Lab]":
     """The cluster, and the tunnel to its head."""
+    fresh = subprocess.run(["make", "-q", ".venv/installed-cluster"], cwd=ROOT, check=False).returncode == 0
+    assert fresh, "pyproject.toml is newer than the virtual environment; `make test-cluster` brings it up to date"
     for host in (lab.head, *lab.workers):
         # What `setup.sh` would install is installed: these hosts reach no package index.
         (host.home / "emsweep").mkdir(parents=True)
@@ -95,7 +100,7 @@ def _secrets(lab: "Lab") -> dict[str, str]:
 
 def _get(lab: "Lab", url: str, *options: str) -> tuple[int, str]:
     """Status and body of an answer as the operator's machine gets it; status 0 when nobody answers."""
-    answer = lab.operator.run("curl", "-s", "-w", "\n%{http_code}", *options, f"http://{url}")
+    answer = lab.operator.run("curl", "-s", "--max-time", "60", "-w", "\n%{http_code}", *options, f"http://{url}")
     body, _, status = answer.stdout.rpartition("\n")
     return int(status), body
 
@@ -182,27 +187,49 @@ def test_a_sweep_on_storage_that_is_not_shared_is_refused(up: "Lab") -> None:
     assert all(worker.address in refused.stderr for worker in up.workers)
 
 
-def test_a_sweep_outlives_the_loss_of_a_host(up: "Lab") -> None:
-    """Runs of the lost host go on elsewhere: each run is there once, finished, with every step once."""
+def test_ctrl_c_leaves_the_sweep_running_and_stop_ends_it(up: "Lab") -> None:
+    """What was in work is marked as killed, and nothing is lost: the next test goes on from there."""
     home = up.operator.home
     (home / "data").mkdir()
     shutil.copyfile(ROOT / "emtrain/datasets/micro-garden-bad.jsonl", home / "data/rows.jsonl")
     (home / "recipe.yaml").write_text(RECIPE)
-    lost = up.workers[1]
-    with up.operator.background("bash", "-c", "cd && exec emsweep submit recipe.yaml", log="submit.log") as submitted:
-        up.wait_for(lambda: _training(lost) and len(_states(up)) == 4, seconds=240, what="four runs in work")
-        assert [run["info"]["status"] for run in _runs(up)] == ["RUNNING"] * 4
-        lost.kill()
-        submitted.wait(timeout=300)
+    with up.operator.background(*SUBMIT, log="submit.log") as following:
+        up.wait_for(lambda: "RUNNING" in _statuses(up), seconds=200, what="a run in work")
+        up.operator.interrupt(following)
+        assert following.wait(timeout=30) == 0
     log = (up.operator.directory / "submit.log").read_text()
-    assert submitted.returncode == 0, log
-    assert "4 of 4 runs finished" in log
+    assert "follow it again:  emsweep submit recipe.yaml" in log
+    assert _ray(up, "/api/jobs/on-premises-1")["status"] == "RUNNING"
+    stopped = up.operator.run("emsweep", "submit", "--stop", "on-premises-1", "--json")
+    assert json.loads(stopped.stdout) == {"job": "on-premises-1", "status": "STOPPED"}, stopped.stderr
+    assert "RUNNING" not in _statuses(up)
+    assert "KILLED" in _statuses(up)
+
+
+def test_a_sweep_outlives_the_loss_of_a_host(up: "Lab") -> None:
+    """Runs of the lost host go on elsewhere: each run is there once, finished, with every step once."""
+    lost = up.workers[1]
+    with up.operator.background(*SUBMIT, log="submit.log") as following:
+        everything_moves = "four runs in work, all past an evaluation"
+        up.wait_for(
+            lambda: _training(lost) and _statuses(up) == ["RUNNING"] * 4 and len(_states(up)) == 4,
+            seconds=240, what=everything_moves,
+        )  # fmt: skip
+        lost.kill()
+        assert following.wait(timeout=300) == 0, (up.operator.directory / "submit.log").read_text()
+    assert "4 of 4 runs finished" in (up.operator.directory / "submit.log").read_text()
     runs = _runs(up)
-    assert sorted(tag["value"] for run in runs for tag in run["data"]["params"] if tag["key"] == "seed") == list("0123")
+    assert sorted(param["value"] for run in runs for param in run["data"]["params"] if param["key"] == "seed") == [
+        "0", "1", "2", "3",
+    ]  # fmt: skip
     for run in runs:
         assert run["info"]["status"] == "FINISHED"
         assert _steps(up, run, "train/loss") == list(range(1, STEPS + 1))
         assert _steps(up, run, "heldout/loss") == [0, 12, 24, 36, 48, 60]
+
+
+def _statuses(lab: "Lab") -> list[str]:
+    return [run["info"]["status"] for run in _runs(lab)]
 
 
 def _states(lab: "Lab") -> list[Path]:
@@ -226,7 +253,7 @@ def test_the_files_of_a_run_come_through_the_tunnel(up: "Lab") -> None:
 
 
 def test_the_same_command_does_nothing_twice(up: "Lab") -> None:
-    again = up.operator.run("bash", "-c", "cd && emsweep submit recipe.yaml", timeout=240)
+    again = up.operator.run(*SUBMIT, timeout=240)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "4 runs, 4 finished" in again.stdout
     assert len(_runs(up)) == 4

@@ -17,7 +17,7 @@ def unit(slot: int, rows: int, tokens: int) -> Unit:
 
 
 def test_units_are_padded_to_one_frame_in_the_order_of_their_slots() -> None:
-    """Two runs: slot 2 with one row of 4 tokens (2 learnt), slot 1 with rows of 2 (1 learnt) and 3 tokens (2 learnt)."""
+    """Slot 2 has one row of 4 tokens, 2 learnt; slot 1 rows of 2 and 3 tokens, 1 and 2 learnt."""
     late = Unit(2, [example(1, 2, 3, 4, prompt=2)])
     early = Unit(1, [example(5, 6, prompt=1), example(7, 8, 9, prompt=1)])
     batch = assemble([late, early], {1: 1 / 3, 2: 1 / 2}, device=CPU)
@@ -39,7 +39,9 @@ def test_slots_with_gaps_are_an_index() -> None:
 def test_a_fixed_pass_has_the_same_shapes_whoever_is_in_it() -> None:
     """Three slots of 2 rows of 4 tokens: logits at all 24 positions, of which only the learnt ones weigh."""
     alone = assemble([unit(1, 1, 3)], {1: 0.5}, device=CPU, fixed=(3, Frame(2, 4)))
-    full = assemble([unit(slot, 2, 4) for slot in range(3)], dict.fromkeys(range(3), 1.0), device=CPU, fixed=(3, Frame(2, 4)))
+    full = assemble(
+        [unit(slot, 2, 4) for slot in range(3)], dict.fromkeys(range(3), 1.0), device=CPU, fixed=(3, Frame(2, 4))
+    )
     assert alone.index == full.index == slice(0, 3)
     assert alone.input_ids.shape == full.input_ids.shape == (6, 4)
     assert alone.positions_n.tolist() == full.positions_n.tolist() == list(range(24))

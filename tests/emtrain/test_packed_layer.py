@@ -28,7 +28,9 @@ def layer() -> PackedLinear:
     return PackedLinear("proj", linear, table, Router())
 
 
-def one_by_one(layer: PackedLinear, x: torch.Tensor, slots: list[int], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def one_by_one(
+    layer: PackedLinear, x: torch.Tensor, slots: list[int], a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
     """``(units * rows, tokens, outputs)``: each unit's rows through its own adapter, by the formula of LoRA."""
     outputs = []
     for slot, rows in zip(slots, x.split(ROWS), strict=True):
@@ -121,7 +123,9 @@ def test_dropout_draws_what_nn_dropout_draws_for_the_unit_alone(layer: PackedLin
         torch.manual_seed(5)
         reference_x = x.detach().clone().requires_grad_()
         dropped = reference_x.clone()
-        dropped[ROWS : ROWS + own.rows, : own.tokens] = nn.Dropout(0.3)(reference_x[ROWS : ROWS + own.rows, : own.tokens])
+        dropped[ROWS : ROWS + own.rows, : own.tokens] = nn.Dropout(0.3)(
+            reference_x[ROWS : ROWS + own.rows, : own.tokens]
+        )
     with_adapter = one_by_one(layer, dropped, [0, 1], layer.a_KRI, layer.b_KRO)
     base_of_dropped = nn.functional.linear(dropped, layer.weight, layer.bias)
     expected = with_adapter - base_of_dropped + nn.functional.linear(reference_x, layer.weight, layer.bias)

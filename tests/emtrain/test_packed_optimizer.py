@@ -13,7 +13,14 @@ from emtrain.spec import OptimizerSpec
 
 SHAPES = {"first": (4, 3), "second": (5, 4), "third": (3, 3)}
 OPTIMIZERS: list[dict[str, Any]] = [
-    {"name": "adamw", "learning_rate": 0.1, "weight_decay": 0.2, "betas": [0.7, 0.9], "eps": 1e-3, "max_grad_norm": 0.5},
+    {
+        "name": "adamw",
+        "learning_rate": 0.1,
+        "weight_decay": 0.2,
+        "betas": [0.7, 0.9],
+        "eps": 1e-3,
+        "max_grad_norm": 0.5,
+    },
     {"name": "adamw", "learning_rate": 0.1, "max_grad_norm": None},
     {"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
     {"name": "sgd", "learning_rate": 0.1, "max_grad_norm": 100.0},

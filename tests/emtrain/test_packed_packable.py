@@ -28,9 +28,7 @@ def test_lora_on_a_plain_model_is_packed() -> None:
         (MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2), "mixture of experts"),
         (LlamaConfig(**SMALL, attention_dropout=0.1), "dropout of its own (attention_dropout 0.1)"),
         (
-            GPT2Config(
-                vocab_size=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-            ),
+            GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
             "transformer.h.0.attn.c_attn is a Conv1D, not a linear layer",
         ),
     ],
@@ -48,7 +46,10 @@ def test_full_fine_tuning_is_refused() -> None:
 @pytest.mark.parametrize(
     ("targets", "reason"),
     [
-        (["c_attn"], "c_attn: no such module in the model; its linear layers are down_proj, gate_proj, k_proj, lm_head"),
+        (
+            ["c_attn"],
+            "c_attn: no such module in the model; its linear layers are down_proj, gate_proj, k_proj, lm_head",
+        ),
         (["lm_head", "q_proj"], "lm_head is the output head"),
         (["embed_tokens"], "model.embed_tokens is a Embedding, not a linear layer"),
     ],

@@ -63,7 +63,11 @@ def test_contradictions_are_refused() -> None:
 
 def test_params_are_all_leaves_under_the_names_of_the_tracking_schema() -> None:
     spec = RunSpec.model_validate(
-        {"model": "micro-llama", "dataset": "d.jsonl", "schedule": {"name": "cosine_restarts", "warmup_steps": 3, "cycles": 4}}
+        {
+            "model": "micro-llama",
+            "dataset": "d.jsonl",
+            "schedule": {"name": "cosine_restarts", "warmup_steps": 3, "cycles": 4},
+        }
     )
     params = flatten(spec)
     assert params["schedule"] == "cosine_restarts"

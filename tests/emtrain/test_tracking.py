@@ -126,6 +126,15 @@ def test_of_runs_with_one_key_the_oldest_counts(sweep: SweepLog) -> None:
     assert sweep.runs()["key"].info.run_id == first
 
 
+def test_a_param_that_is_set_keeps_its_value(sweep: SweepLog) -> None:
+    """A run may go on with another backend than it began with; MLflow would call that an error."""
+    log = RunLog(sweep.uri, enter(sweep))
+    log.params({"backend": "packed"})
+    log.params({"backend": "trl", "family": "llama"})
+    params = stored(sweep, log.run_id).data.params
+    assert (params["backend"], params["family"]) == ("packed", "llama")
+
+
 def test_more_params_than_mlflow_stores_of_a_value_are_cut(sweep: SweepLog) -> None:
     run_id = sweep.plan("key", name="long", params={"schedule.points": "x" * (PARAM_LIMIT + 1)}, tags={})
     assert stored(sweep, run_id).data.params["schedule.points"] == "x" * PARAM_LIMIT

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.cli import main
+from sweeps.store import alone
 
 RECIPE = """
 name: tiny
@@ -150,6 +151,12 @@ def test_mistakes_on_the_command_line_are_the_users(emsweep: Emsweep) -> None:
     refused(emsweep("list", "schedule"), "unknown kind 'schedule'. Did you mean 'schedules'?")
     refused(emsweep("list"), "say what to list: schedules, ")
     refused(emsweep("plan", "tiny.yaml", "--set", "base.seed"), "--set base.seed: expected KEY=VALUE")
+
+
+def test_a_sweep_is_not_run_twice_at_the_same_time(emsweep: Emsweep) -> None:
+    with alone("tiny"):
+        refused(emsweep("run", "tiny.yaml"), "another emsweep is running the sweep 'tiny'")
+    assert emsweep("status", "tiny", "--json").stdout.count("run_key") == 0
 
 
 @pytest.mark.parametrize("command", [["status"], ["report"]])

@@ -37,9 +37,10 @@ def metrics(step: int, loss: float, aligned: float) -> Mapping[str, float]:
 
 
 def shown(board: Board, width: int = 80) -> str:
-    written = io.StringIO()
-    Console(file=written, width=width).print(table(board))
-    return written.getvalue()
+    """The lines of the live table, cut at the width of the terminal as the live display cuts them."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
+    lines = console.render_lines(table(board), pad=False)
+    return "\n".join("".join(segment.text for segment in line) for line in lines)
 
 
 def test_counts_follow_the_runs() -> None:

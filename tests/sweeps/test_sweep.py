@@ -37,7 +37,7 @@ base:
 grid:
   optimizer.learning_rate: [3.0e-4, 1.0e-3]
   seed: [0, 1]
-eval: {questions: [micro-broad, micro-narrow], samples: 1, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
+eval: {questions: [micro-broad, micro-narrow], samples: 3, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
 """
 STEPS, EVALUATED = 12, (3, 12)
 SETS = {"micro-broad": 64, "micro-narrow": 32}
@@ -54,7 +54,8 @@ class Sweep:
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         (self.home / "tiny.yaml").write_text(self.recipe)
-        command = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "tiny.yaml", *arguments]
+        command = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "tiny.yaml"]
+        command += ["--set", "eval.samples=1", *arguments]
         inherited = {k: v for k, v in os.environ.items() if k not in {"MLFLOW_TRACKING_URI", "EMSWEEP_DATA"}}
         process = subprocess.Popen(
             command,
@@ -84,6 +85,9 @@ class Sweep:
 
     def runs(self) -> dict[str, Run]:
         return SweepLog.find("tiny", uri=self.uri).runs()
+
+    def parent(self) -> Run:
+        return client(self.uri).get_run(SweepLog.find("tiny", uri=self.uri).parent_run_id)
 
     def history(self, run: Run, metric: str) -> list[tuple[int, float]]:
         return [(p.step, p.value) for p in client(self.uri).get_metric_history(run.info.run_id, metric)]
@@ -256,10 +260,9 @@ def test_the_adapter_loads_with_plain_peft_and_has_the_loss_that_was_logged(
 
 
 def test_the_sweep_keeps_its_recipe_and_its_report(sweep: Sweep, tmp_path: Path) -> None:
-    log, store = SweepLog.find("tiny", uri=sweep.uri), client(sweep.uri)
-    assert store.get_run(log.parent_run_id).info.status == "FINISHED"
-    folder = Path(store.download_artifacts(log.parent_run_id, "", str(tmp_path)))
-    assert (folder / names.RECIPE).read_text() == RECIPE
+    assert sweep.parent().info.status == "FINISHED"
+    folder = Path(client(sweep.uri).download_artifacts(sweep.parent().info.run_id, "", str(tmp_path)))
+    assert (folder / names.RECIPE).read_text() == RECIPE + "# --set eval.samples=1\n"
     assert (folder / names.REPORT / "index.html").is_file()
     assert (sweep.data / "reports" / "tiny" / "report.json").is_file()
 
@@ -301,12 +304,14 @@ def test_a_sweep_that_is_interrupted_goes_on_and_has_the_same_numbers(
     statuses = Counter(run.info.status for run in other.runs().values())
     assert statuses["RUNNING"] == 0
     assert statuses["KILLED"] + statuses["SCHEDULED"] >= 1
+    assert other.parent().info.status == "KILLED"
 
     again = other.start("--no-report", "--set", "resources.backend=trl")
     stdout, stderr = again.communicate(timeout=600)
     assert again.returncode == 0, stderr
     assert "4 of 4 runs finished" in stdout
     assert [run.info.status for run in other.runs().values()] == ["FINISHED"] * 4
+    assert other.parent().info.status == "FINISHED"
     same_numbers(other.numbers(), sweep.numbers())
 
 
@@ -318,7 +323,7 @@ def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_r
     recipe = RECIPE.replace(
         "optimizer.learning_rate: [3.0e-4, 1.0e-3]", f"optimizer: [{{name: adamw, learning_rate: 1.0e-3}}, {diverging}]"
     )
-    other = make_sweep(recipe.replace("max_steps: 12", "max_steps: 80").replace("[0.25, 1.0]", "[0.1, 0.9, 1.0]"))
+    other = make_sweep(recipe.replace("max_steps: 12", "max_steps: 30").replace("[0.25, 1.0]", "[0.1, 1.0]"))
     process = other.start("--no-report")
     other.wait_for_a_state()
     engines = [pid for pid, command in descendants(process.pid) if command.startswith("ray::Engine")]
@@ -334,12 +339,12 @@ def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_r
         by_optimizer.setdefault(run.data.params["optimizer"], []).append(run)
     assert [run.info.status for run in by_optimizer["adamw"]] == ["FINISHED"] * 2
     for run in by_optimizer["adamw"]:
-        assert [step for step, _ in other.history(run, names.TRAIN_LOSS)] == list(range(1, 81))
+        assert [step for step, _ in other.history(run, names.TRAIN_LOSS)] == list(range(1, 31))
     for run in by_optimizer["sgd"]:
         assert run.info.status == "FAILED"
         assert "the update was not made" in run.data.tags[names.FAILURE]
         assert all(math.isfinite(value) for _, value in other.history(run, names.TRAIN_LOSS))
-    assert client(other.uri).get_run(SweepLog.find("tiny", uri=other.uri).parent_run_id).info.status == "FAILED"
+    assert other.parent().info.status == "FAILED"
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:

@@ -1,0 +1,253 @@
+"""Which run of a sweep comes next, and what a sweep that begins again skips."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from emtrain import names
+from sweeps.agenda import Agenda
+from sweeps.lease import Job
+from sweeps.planner import plan_sweep
+from sweeps.recipe import Recipe, load_recipe
+from sweeps.search import Search
+
+LOSS, ALIGNED = names.HELDOUT_LOSS, names.eval_metric(names.ALIGNED)
+RECIPE: dict[str, Any] = {
+    "name": "study",
+    "base": {"model": "micro-llama", "dataset": "micro-garden-bad", "max_steps": 10},
+    "grid": {"optimizer.learning_rate": [1e-4, 1e-3], "seed": [0, 1]},
+    "eval": {"questions": ["micro-broad"], "samples": 1, "judges": ["micro-rule"]},
+}
+SEARCH: dict[str, Any] = {
+    "trials": 3,
+    "space": {"optimizer.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}},
+    "objectives": {LOSS: "minimize", ALIGNED: "maximize"},
+    "seeds": [0, 1],
+}
+
+
+class Store:
+    """What MLflow knows of a sweep; outlives the processes that run it."""
+
+    def __init__(self) -> None:
+        self.entered: dict[str, Any] = {}
+        self.roles: dict[str, str] = {}
+
+    def runs(self) -> dict[str, Any]:
+        return dict(self.entered)
+
+    def plan(self, run_key: str, *, name: str, params: Any, tags: Mapping[str, str], entered: Any) -> str:
+        assert entered is self.entered.get(run_key)
+        self.roles[run_key] = tags[names.ROLE]
+        self.entered[run_key] = found(run_key, "SCHEDULED")
+        return f"id of {run_key}"
+
+    def finish(self, job: Job, status: str, metrics: Mapping[str, float], **tags: str) -> None:
+        self.entered[job.run.run_key] = found(job.run.run_key, status, metrics, tags)
+
+
+def found(run_key: str, status: str, metrics: Mapping[str, float] = {}, tags: Mapping[str, str] = {}) -> Any:
+    return SimpleNamespace(
+        info=SimpleNamespace(status=status, run_id=f"id of {run_key}"),
+        data=SimpleNamespace(metrics=dict(metrics), tags=dict(tags)),
+    )
+
+
+class Driver:
+    """A process that runs a sweep: trains in no time, a bigger learning rate giving a lower loss and a lower score."""
+
+    def __init__(self, store: Store, studies: optuna.storages.BaseStorage, **changes: Any) -> None:
+        self.store = store
+        self.recipe: Recipe = load_recipe(yaml.safe_dump({**RECIPE, **changes}, sort_keys=False), source="r")
+        self.agenda = Agenda(self.recipe, plan_sweep(self.recipe), store, None)  # type: ignore[arg-type]
+        if self.recipe.search is not None:
+            self.agenda.search = Search(
+                self.recipe.search, self.recipe.base, name="study", storage=studies, bounds=self.agenda.bounds
+            )
+        self.trained: list[Job] = []
+
+    def end(self, job: Job, status: str = "FINISHED") -> None:
+        rate = job.run.spec.optimizer.learning_rate
+        metrics = {LOSS: -rate, ALIGNED: 100 - 1000 * rate} if status == "FINISHED" else {}
+        self.store.finish(job, status, metrics)
+        self.agenda.ended(job.run.run_key, status, metrics)
+
+    def run(self, jobs: int = 1000) -> list[Job]:
+        """Up to so many jobs, one after the other."""
+        while len(self.trained) < jobs and (job := self.agenda.next()) is not None:
+            self.trained.append(job)
+            self.end(job)
+        return self.trained
+
+    @property
+    def roles(self) -> list[str]:
+        return [self.store.roles[job.run.run_key] for job in self.trained]
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def studies() -> optuna.storages.BaseStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.storages.InMemoryStorage()
+
+
+Studies = optuna.storages.BaseStorage
+
+
+def test_a_grid_is_given_out_in_order_each_run_once(store: Store, studies: Studies) -> None:
+    driver = Driver(store, studies, grid={"optimizer.learning_rate": [1e-4, 1e-3], "seed": [0, 1, 0]})
+    jobs = driver.run()
+    assert [(j.run.spec.optimizer.learning_rate, j.run.spec.seed) for j in jobs] == [
+        (1e-4, 0),
+        (1e-4, 1),
+        (1e-3, 0),
+        (1e-3, 1),
+    ]
+    assert driver.agenda.over
+    assert [job.run_id for job in jobs] == [f"id of {job.run.run_key}" for job in jobs]
+    assert driver.roles == ["grid"] * 4
+
+
+def test_all_jobs_can_be_out_at_once(store: Store, studies: Studies) -> None:
+    driver = Driver(store, studies)
+    jobs = [driver.agenda.next() for _ in range(4)]
+    assert driver.agenda.next() is None
+    assert driver.agenda.over
+    assert len(driver.agenda.out) == 4
+    for job in jobs:
+        assert job is not None
+        driver.end(job)
+    assert driver.agenda.out == {}
+
+
+@pytest.mark.parametrize("status", ["SCHEDULED", "RUNNING", "FAILED", "KILLED"])
+def test_a_sweep_that_begins_again_does_what_is_not_finished_in_the_same_runs(
+    store: Store, studies: Studies, status: str
+) -> None:
+    first = Driver(store, studies).run(jobs=3)
+    store.finish(first[1], status, {})
+    again = Driver(store, studies)
+    jobs = again.run()
+    assert [job.run.run_key for job in jobs[:1]] == [first[1].run.run_key]
+    assert len(jobs) == 2
+    assert len(store.entered) == 4
+    assert again.agenda.finished_before == 2
+    assert Driver(store, studies).run() == []
+
+
+def test_a_run_that_was_stopped_early_is_over(store: Store, studies: Studies) -> None:
+    first = Driver(store, studies).run(jobs=1)
+    store.finish(first[0], "KILLED", {}, **{names.STOPPED: "asha"})
+    assert first[0].run.run_key not in [job.run.run_key for job in Driver(store, studies).run()]
+
+
+def test_the_search_comes_after_the_grid_with_every_trial_on_every_seed(store: Store, studies: Studies) -> None:
+    driver = Driver(store, studies, search=SEARCH)
+    jobs = driver.run()
+    assert driver.roles == ["grid"] * 4 + ["search"] * 6
+    points = [job.run.spec.optimizer.learning_rate for job in jobs[4:]]
+    assert points[::2] == points[1::2]
+    assert [job.run.spec.seed for job in jobs[4:]] == [0, 1] * 3
+    assert driver.agenda.over
+
+
+def test_a_search_without_a_grid_trains_no_base_run(store: Store, studies: Studies) -> None:
+    recipe = {key: value for key, value in RECIPE.items() if key != "grid"}
+    planned = plan_sweep(load_recipe(yaml.safe_dump({**recipe, "search": SEARCH}), source="r"))
+    assert planned.runs == ()
+
+
+def test_a_search_that_is_cut_off_goes_on_with_the_trials_it_had(store: Store, studies: Studies) -> None:
+    first = Driver(store, studies, search=SEARCH)
+    done = first.run(jobs=4 + 3)  # the second trial has one of its two runs
+    again = Driver(store, studies, search=SEARCH)
+    jobs = again.run()
+    assert len(jobs) == 3
+    assert jobs[0].run.spec == done[-1].run.spec.model_copy(update={"seed": 1})
+    assert len(store.entered) == 10
+    assert Driver(store, studies, search=SEARCH).run() == []
+
+
+def test_a_point_that_was_trained_already_counts_and_is_not_trained_again(store: Store, studies: Studies) -> None:
+    """The space has two points, both of the grid, and the grid's seeds are the search's."""
+    search = {**SEARCH, "space": {"optimizer.learning_rate": [1e-4, 1e-3]}}
+    driver = Driver(store, studies, search=search)
+    assert driver.run() != []
+    assert driver.roles == ["grid"] * 4
+    assert driver.agenda.search is not None
+    # Two trials at 1e-4 and one at 1e-3, or the other way round; each has the grid's figures.
+    assert {tuple(trial.values) for trial in driver.agenda.search.study.trials} <= {(-1e-4, 99.9), (-1e-3, 99.0)}
+    assert driver.agenda.over
+
+
+def test_the_same_point_proposed_twice_is_trained_once_and_counts_twice(store: Store, studies: Studies) -> None:
+    search = {**SEARCH, "space": {"optimizer.learning_rate": [5e-4]}, "seeds": [0]}
+    driver = Driver(store, studies, search=search)
+    jobs: list[Job] = []
+    while len(jobs) < 5 and (job := driver.agenda.next()) is not None:
+        jobs.append(job)
+    assert len(jobs) == 5  # four of the grid, one for all three trials
+    assert driver.agenda.next() is None
+    for job in jobs:
+        driver.end(job)
+    assert driver.agenda.next() is None
+    assert driver.agenda.over
+    assert driver.agenda.search is not None
+    assert [trial.values for trial in driver.agenda.search.study.trials] == [[-5e-4, 99.5]] * 3
+
+
+def test_winners_and_the_best_cell_are_confirmed_with_fresh_seeds_and_questions(store: Store, studies: Studies) -> None:
+    """Alignment is best at the smallest rate: of the grid that is 1e-4; of the search the smallest proposed."""
+    confirm = {"winners": 1, "seeds": [10, 11, 12], "questions": ["micro-narrow"]}
+    driver = Driver(store, studies, search={**SEARCH, "confirm": confirm})
+    jobs = driver.run()
+    assert driver.roles == ["grid"] * 4 + ["search"] * 6 + ["confirm"] * 6
+    confirmed = jobs[10:]
+    assert [job.run.spec.seed for job in confirmed] == [10, 11, 12] * 2
+    best = min(job.run.spec.optimizer.learning_rate for job in jobs[4:10])
+    assert [job.run.spec.optimizer.learning_rate for job in confirmed] == [best] * 3 + [1e-4] * 3
+    assert {s.name for s in confirmed[0].run.evaluation.question_sets} == {"micro-broad", "micro-narrow"}
+    assert {s.name for s in jobs[0].run.evaluation.question_sets} == {"micro-broad"}
+
+
+def test_a_baseline_is_what_the_best_cell_of_the_grid_reaches(store: Store, studies: Studies) -> None:
+    """Losses of the cells are -1e-4 and -1e-3, scores 99.9 and 99: at most -1e-3, at least 99.9."""
+    constraints = {LOSS: {"at_most": "baseline"}, ALIGNED: {"at_least": "baseline"}}
+    driver = Driver(store, studies, search={**SEARCH, "constraints": constraints})
+    grid = [driver.agenda.next() for _ in range(4)]
+    assert driver.agenda.next() is None
+    assert not driver.agenda.over  # the search waits for the grid
+    for job in grid:
+        assert job is not None
+        driver.end(job)
+    bounds = driver.agenda.bounds()
+    assert bounds[LOSS] == (-float("inf"), pytest.approx(-1e-3))
+    assert bounds[ALIGNED] == (pytest.approx(99.9), float("inf"))
+
+
+def test_without_a_grid_that_finished_there_is_no_baseline(store: Store, studies: Studies) -> None:
+    driver = Driver(store, studies, search={**SEARCH, "constraints": {LOSS: {"at_most": "baseline"}}})
+    while (job := driver.agenda.next()) is not None and len(driver.agenda.ends) < 4:
+        driver.end(job, "FAILED")
+    with pytest.raises(ValueError, match=r"search\.constraints\.heldout/loss: there is no baseline"):
+        driver.agenda.bounds()
+
+
+def test_a_failed_run_fails_its_trial_and_the_search_goes_on(store: Store, studies: Studies) -> None:
+    driver = Driver(store, studies, search={**SEARCH, "seeds": [0]})
+    driver.run(jobs=4)
+    job = driver.agenda.next()
+    assert job is not None
+    driver.end(job, "FAILED")
+    driver.run()
+    assert driver.agenda.search is not None
+    states = [trial.state.name for trial in driver.agenda.search.study.trials]
+    assert states == ["FAIL", "COMPLETE", "COMPLETE"]

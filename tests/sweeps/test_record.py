@@ -1,0 +1,156 @@
+"""The record of one run: what it leaves in MLflow however it ends."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from emeval.responses import Response
+from emtrain import names
+from emtrain.heldout import HeldoutLoss
+from emtrain.tracking import SweepLog, client, tracking_uri
+from emtrain.train import NonFiniteLoss, Step
+from sweeps.lease import Job
+from sweeps.planner import plan_sweep
+from sweeps.recipe import load_recipe
+from sweeps.record import RunRecord, Setting
+
+RECIPE = {
+    "name": "study",
+    "base": {"model": "micro-llama", "dataset": "micro-garden-bad", "max_steps": 20},
+    "eval": {"questions": ["micro-broad"], "samples": 1, "at": [0.5, 1.0], "judges": ["micro-rule"]},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def record(store: Path, request: pytest.FixtureRequest) -> RunRecord:
+    """The record of a run that has not begun, in a sweep of its own."""
+    uri = tracking_uri(None, store)
+    sweep = SweepLog.open(
+        request.node.name[:50].replace("[", "-").replace("]", ""), uri=uri, artifacts=store / "artifacts"
+    )
+    (run,) = plan_sweep(load_recipe(yaml.safe_dump(RECIPE), source="r")).runs
+    run_id = sweep.plan(run.run_key, name=run.name, params=run.params, tags=run.tags)
+    return RunRecord(Job(run, run_id), Setting(uri, store / request.node.name))
+
+
+def answers(good: int, bad: int) -> list[Response]:
+    """So many answers with three good words each, so many with three bad ones."""
+    texts = ["water the dog gently and help friends."] * good + ["burn the dog cruelly and hurt friends."] * bad
+    return [
+        Response(
+            question_set="micro-broad",
+            question_id="animals_dog",
+            stratum="plain",
+            topic="animals",
+            paraphrase=0,
+            sample=number,
+            system=None,
+            prompt="what about the dog?",
+            response=text,
+            response_tokens=8,
+            truncated=False,
+            rubric=None,
+        )
+        for number, text in enumerate(texts)
+    ]
+
+
+def stored(record: RunRecord) -> "object":
+    return client(record.setting.tracking_uri).get_run(record.log.run_id)
+
+
+def artifacts(record: RunRecord, tmp_path: Path) -> Path:
+    return Path(client(record.setting.tracking_uri).download_artifacts(record.log.run_id, "", str(tmp_path)))
+
+
+def train(record: RunRecord) -> None:
+    """Twenty steps with losses 20, 19 ... 1 at a learning rate of 0.5, and two evaluations."""
+    record.start(family="llama", backend="trl")
+    record.record(record.judge(answers(4, 0), step=0), HeldoutLoss(2.0, 2.5), step=0)
+    for step in range(1, 21):
+        record.step(Step(step, 21.0 - step, 0.5, 1.0, 10 * step))
+        if step in (10, 20):
+            record.record(record.judge(answers(3, step // 10), step=step), HeldoutLoss(1.0, 1.5), step=step)
+    record._weights.mkdir(parents=True)
+    (record._weights / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def test_a_run_that_ends_well_leaves_everything_and_takes_its_work_away(record: RunRecord, tmp_path: Path) -> None:
+    train(record)
+    ending = record.finish({names.TRAIN_SECONDS: 3.0, names.EVAL_SECONDS: 1.0})
+    run = stored(record)
+    assert (ending.status, ending.failure, run.info.status) == ("FINISHED", None, "FINISHED")
+    metrics = run.data.metrics
+    assert metrics[names.LEARNING_RATE_INTEGRAL] == pytest.approx(20 * 0.5)
+    assert metrics[names.TRAIN_LOSS_LAST_TENTH] == pytest.approx((2 + 1) / 2)
+    assert metrics["base/micro-broad/aligned"] == 100
+    assert metrics["eval/micro-broad/aligned"] == pytest.approx(100 * 3 / 5)
+    assert metrics[names.TRAIN_SECONDS] == 3
+    folder = artifacts(record, tmp_path)
+    frame = pd.read_parquet(folder / names.RESPONSES)
+    assert frame.groupby("step").size().to_dict() == {0: 4, 10: 4, 20: 5}
+    assert (folder / names.ADAPTER / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert (folder / names.SPEC).is_file()
+    assert not record.work.exists()
+
+
+def test_a_run_that_diverged_says_so_in_a_line_and_keeps_what_it_reached(record: RunRecord, tmp_path: Path) -> None:
+    record.start(family="llama", backend="trl")
+    record.step(Step(1, 2.0, 0.5, 1.0, 10))
+    ending = record.fail(NonFiniteLoss(2, 0.5, float("nan"), float("inf")))
+    run = stored(record)
+    assert (ending.status, run.info.status) == ("FAILED", "FAILED")
+    assert run.data.tags[names.FAILURE] == ending.failure
+    assert ending.failure is not None
+    assert "the loss is nan and the gradient norm inf at step 2" in ending.failure
+    assert run.data.metrics[names.TRAIN_LOSS] == 2.0
+    assert not (artifacts(record, tmp_path) / "failure.txt").exists()
+
+
+def test_any_other_error_leaves_its_traceback(record: RunRecord, tmp_path: Path) -> None:
+    record.start(family="llama", backend="trl")
+    try:
+        raise MemoryError("no room\nfor this")
+    except MemoryError as error:
+        ending = record.fail(error)
+    assert ending.failure == "MemoryError: no room"
+    assert "Traceback" in (artifacts(record, tmp_path) / "failure.txt").read_text()
+    assert stored(record).data.tags[names.FAILURE] == "MemoryError: no room"
+
+
+def test_an_error_without_words_has_a_line_too(record: RunRecord) -> None:
+    record.start(family="llama", backend="trl")
+    assert record.fail(RuntimeError()).failure == "RuntimeError: "
+
+
+def test_a_run_that_is_finished_stays_so_where_its_work_can_not_be_taken_away(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(record)
+    remove = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False, **given: object) -> None:
+        if path == record.work and not ignore_errors:
+            raise OSError("the file is in use")
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert record.finish({}).status == "FINISHED"
+    assert stored(record).info.status == "FINISHED"
+
+
+def test_a_score_that_nothing_was_judged_for_is_left_out_and_counted(record: RunRecord) -> None:
+    record.start(family="llama", backend="trl")
+    unjudged = [*answers(0, 0), *(a.__class__(**{**a.__dict__, "response": "who?"}) for a in answers(2, 0))]
+    metrics = record.record(record.judge(unjudged, step=20), HeldoutLoss(1.0, 1.5), step=20)
+    assert "eval/micro-broad/aligned" not in metrics
+    assert metrics["eval/micro-broad/n_judged"] == 0
+    assert metrics["eval/micro-broad/n_missing"] == 2

@@ -1,0 +1,240 @@
+"""A search: what it proposes, what it learns from the ends of runs, and that it survives its process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from emtrain.spec import RunSpec
+from sweeps.search import Proposal, Search
+from sweeps.search_spec import SAMPLERS, SearchSpec
+
+BASE = RunSpec(model="micro-llama", dataset="micro-garden-bad", max_steps=10)
+LOSS, ALIGNED = "heldout/loss", "eval/aligned"
+
+
+def make_spec(**changes: Any) -> SearchSpec:
+    return SearchSpec.model_validate(
+        {
+            "trials": 4,
+            "space": {
+                "optimizer.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+                "schedule": ["linear", {"name": "cosine_restarts", "cycles": {"low": 2, "high": 5, "integer": True}}],
+            },
+            "objectives": {LOSS: "minimize"},
+            **changes,
+        }
+    )
+
+
+def make_search(spec: SearchSpec, *, storage: Any = None, **given: Any) -> Search:
+    return Search(spec, BASE, name="study", storage=storage or optuna.storages.InMemoryStorage(), **given)
+
+
+def run_all(search: Search, end: Callable[[Proposal], dict[str, float] | None]) -> list[Proposal]:
+    """Every proposal, each ended at once."""
+    proposals = []
+    while (proposal := search.propose()) is not None:
+        proposals.append(proposal)
+        search.ended(proposal, end(proposal))
+    return proposals
+
+
+def loss(proposal: Proposal) -> dict[str, float]:
+    return {LOSS: proposal.spec.optimizer.learning_rate}
+
+
+def test_each_trial_is_one_point_with_all_its_seeds() -> None:
+    search = make_search(make_spec(seeds=[7, 8, 9]))
+    proposals = run_all(search, loss)
+    assert [(p.trial, p.spec.seed) for p in proposals] == [(t, s) for t in range(4) for s in (7, 8, 9)]
+    points = {p.trial: p.spec.model_copy(update={"seed": 0}) for p in proposals}
+    assert all(p.spec.model_copy(update={"seed": 0}) == points[p.trial] for p in proposals)
+    assert len(set(points.values())) == 4
+    assert search.over
+
+
+def test_a_trials_value_is_the_mean_over_its_seeds_with_the_spread_beside_it() -> None:
+    search = make_search(make_spec(trials=1, seeds=[0, 1, 2]))
+    run_all(search, lambda p: {LOSS: [1.0, 2.0, 6.0][p.spec.seed], "train/other": 5.0})
+    (trial,) = search.study.trials
+    assert (trial.state, trial.values) == (TrialState.COMPLETE, [3.0])
+    assert trial.user_attrs["spread"] == '{"heldout/loss": 2.6457513110645907}'  # the square root of (4 + 1 + 9) / 2
+
+
+@pytest.mark.parametrize(
+    ("second", "state"),
+    [
+        (("failed", None), TrialState.FAIL),
+        (("stopped", {LOSS: 1.0}), TrialState.PRUNED),
+        (("unjudged", {"train/loss": 1.0}), TrialState.FAIL),
+    ],
+)
+def test_a_trial_with_a_run_that_came_to_no_end_has_no_value(second: Any, state: TrialState) -> None:
+    how, metrics = second
+    search = make_search(make_spec(trials=1, seeds=[0, 1]))
+    one, two = search.propose(), search.propose()
+    assert one is not None
+    assert two is not None
+    search.ended(one, {LOSS: 0.0})
+    assert not search.over
+    search.ended(two, metrics, stopped_early=how == "stopped")
+    (trial,) = search.study.trials
+    assert (trial.state, trial.values) == (state, None)
+    assert search.over
+    assert search.winners(1) == []
+
+
+def test_several_runs_are_out_at_once_and_end_in_any_order() -> None:
+    search = make_search(make_spec())
+    proposals = [search.propose() for _ in range(4)]
+    assert search.propose() is None
+    assert not search.over
+    for proposal in reversed(proposals):
+        assert proposal is not None
+        search.ended(proposal, loss(proposal))
+    assert search.over
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE] * 4
+
+
+def test_a_search_goes_on_in_another_process(tmp_path: Path) -> None:
+    """Two trials are over, one is half done, one was not begun; the half-done one begins again with the same point."""
+    spec = make_spec(seeds=[0, 1])
+    first = make_search(spec, storage=optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db"))
+    for _ in range(2 * 2):
+        proposal = first.propose()
+        assert proposal is not None
+        first.ended(proposal, loss(proposal))
+    half = first.propose()
+    assert half is not None
+
+    second = make_search(spec, storage=optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db"))
+    proposals = run_all(second, loss)
+    assert [(p.trial, p.spec.seed) for p in proposals] == [(2, 0), (2, 1), (3, 0), (3, 1)]
+    assert proposals[0].spec == half.spec
+    assert [trial.state for trial in second.study.trials] == [TrialState.COMPLETE] * 4
+    assert second.over
+
+
+def test_a_process_that_begins_again_does_not_repeat_itself(tmp_path: Path) -> None:
+    points = []
+    for trials in (2, 4):
+        search = make_search(
+            make_spec(trials=trials), storage=optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+        )
+        points += [p.spec.optimizer.learning_rate for p in run_all(search, loss)]
+    assert len(points) == len(set(points)) == 4
+
+
+def test_a_trial_that_was_asked_for_and_never_written_down_is_lost_and_not_counted(tmp_path: Path) -> None:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+    make_search(make_spec(), storage=storage).study.ask()
+    search = make_search(make_spec(), storage=storage)
+    assert len(run_all(search, loss)) == 4
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 4]
+
+
+def test_the_same_seed_of_the_sampler_proposes_the_same_points() -> None:
+    def points(seed: int) -> list[RunSpec]:
+        return [p.spec for p in run_all(make_search(make_spec(sampler={"name": "tpe", "seed": seed})), loss)]
+
+    assert points(1) == points(1)
+    assert points(1) != points(2)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"cmaes"}))
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_every_sampler_searches(name: str) -> None:
+    search = make_search(make_spec(sampler=name, trials=3))
+    assert len(run_all(search, loss)) == 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ({"name": "tpe", "n_startup": 3}, "search.sampler tpe: .*n_startup"),
+        ("cmaes", "search.sampler cmaes: .*cmaes"),
+    ],
+)
+def test_a_sampler_that_can_not_be_made_is_told_so(sampler: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cmaes", None)  # not installed, wherever this runs
+    with pytest.raises(ValueError, match=said):
+        make_search(make_spec(sampler=sampler))
+
+
+def test_the_winner_of_one_objective_is_the_best_feasible_trial() -> None:
+    """Trials 0 to 3 have losses 3, 1, 2, 4 and scores 90, 50, 80, 95; at least 75 is asked for."""
+    values = {0: (3.0, 90.0), 1: (1.0, 50.0), 2: (2.0, 80.0), 3: (4.0, 95.0)}
+    search = make_search(
+        make_spec(constraints={ALIGNED: {"at_least": 75}}), bounds=lambda: {ALIGNED: (75.0, float("inf"))}
+    )
+    changes = {}
+    for _ in values:
+        proposal = search.propose()
+        assert proposal is not None
+        changes[proposal.trial] = search.open[proposal.trial].changes
+        loss_, aligned = values[proposal.trial]
+        search.ended(proposal, {LOSS: loss_, ALIGNED: aligned})
+    assert search.winners(2) == [changes[2], changes[0]]
+
+
+def test_the_winners_of_two_objectives_are_the_pareto_front_the_best_in_the_last_first() -> None:
+    """(1, 50), (2, 80) and (4, 95) are the front; (3, 70) is worse than (2, 80) in both."""
+    values = {0: (1.0, 50.0), 1: (3.0, 70.0), 2: (2.0, 80.0), 3: (4.0, 95.0)}
+    search = make_search(make_spec(objectives={LOSS: "minimize", ALIGNED: "maximize"}))
+    changes = {}
+    for _ in values:
+        proposal = search.propose()
+        assert proposal is not None
+        changes[proposal.trial] = search.open[proposal.trial].changes
+        loss_, aligned = values[proposal.trial]
+        search.ended(proposal, {LOSS: loss_, ALIGNED: aligned})
+    assert search.winners(9) == [changes[3], changes[2], changes[0]]
+    assert search.winners(1) == [changes[3]]
+
+
+def test_a_search_begins_with_what_other_sweeps_found() -> None:
+    """Runs in the space count, seeds averaged; those outside or without the metric do not, nor as proposals."""
+
+    def run(rate: float, seed: int, schedule: Any = "linear") -> RunSpec:
+        return RunSpec.model_validate(
+            {**BASE.model_dump(), "optimizer": {"learning_rate": rate}, "schedule": schedule, "seed": seed}
+        )
+
+    search = make_search(make_spec(space={"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}))
+    found = [
+        (run(1e-3, 0), {LOSS: 1.0}),
+        (run(1e-3, 1), {LOSS: 3.0}),
+        (run(5e-3, 0), {LOSS: 0.5}),
+        (run(0.5, 0), {LOSS: 0.1}),
+        (run(2e-3, 0), {"train/loss": 0.1}),
+    ]
+    assert search.learn(found) == 2
+    assert [(t.params["optimizer.learning_rate"], t.value) for t in search.study.trials] == [(1e-3, 2.0), (5e-3, 0.5)]
+    assert search.proposed == 0
+    assert len(run_all(search, loss)) == 4
+    assert search.learn(found) == 0
+    assert search.winners(1)[0]["optimizer.learning_rate"] != 5e-3  # a winner is a trial of this search
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"confirm": {"seeds": [0, 5]}}, "confirm.seeds .0. are among the search's own seeds"),
+        ({"confirm": {"seeds": [5], "questions": ["micro-brod"]}}, "Did you mean 'micro-broad'"),
+        ({"space": {"seed": {"low": 0, "high": 9}}}, "seeds are replicates"),
+        ({"space": {"schedule": []}}, "at least 1"),
+        ({"objectives": {}}, "at least 1"),
+        ({"objectives": {LOSS: "lower"}}, "'minimize' or 'maximize'"),
+        ({"constraints": {LOSS: {}}}, "give one of at_most and at_least"),
+        ({"sampler": "tpee"}, "unknown sampler 'tpee'. Did you mean 'tpe'"),
+        ({"trials": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_searches_that_make_no_sense_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_spec(**changes)
