@@ -17,6 +17,7 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -75,6 +76,8 @@ def _connect(address: str | None) -> None:
         # Keeps a Ray of one machine on the loopback interface.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        # What Ray prints even so is a warning that trials outnumber processors. They are meant to: they only wait.
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
