@@ -159,8 +159,8 @@ def main() -> None:
 def table(setting: Setting, runs: Sequence[int], processes: Sequence[int]) -> Iterator[str]:
     """The lines of one model's table."""
     name = torch.cuda.get_device_name() if setting.device == "cuda" else "CPU"
-    yield f"{date.today()}  {name}, torch {torch.__version__}"
-    yield f"Qwen2.5 {setting.shape} shape, {setting.rows} rows a step"
+    shape = f"Qwen2.5 {setting.shape} shape, {setting.rows} rows a step"
+    yield f"{date.today()}  {name}, torch {torch.__version__}; {shape}"
     yield _line(COLUMNS)
     model, data = setting.model(), setting.data()
 
