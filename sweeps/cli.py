@@ -112,7 +112,8 @@ def run(
     failed = _execute(loaded, planned, recipe_text=text, address=address)
     if report_:
         _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
-    out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
+    if address is None:
+        out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
     if failed:
         raise typer.Exit(1)
 

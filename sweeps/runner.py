@@ -56,7 +56,8 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                raise ValueError(f"model {model}: {str(error.cause).splitlines()[0]}") from error
+                reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
+                raise ValueError(f"model {model}: {reason}") from error
         _tune(agenda, setting, display, capacity)
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below

@@ -10,15 +10,13 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from emeval.question_sets import question_set_path
 from emtrain import names
-from emtrain.rows import dataset_path
 from sweeps import cluster_env
 from sweeps.recipe import Recipe, expand
 
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 PACKAGES = ("emtrain", "emeval", "emanalysis", "sweeps")
+FILES = (".jsonl", ".yaml", ".yml")
+"""A recipe names its own files by paths that end so; whatever else it names comes with the package."""
 UPLOAD_LIMIT = 400 * 2**20
 """Bytes. Ray takes 500 MiB, and keeps it in the memory of the head."""
 STOP_SECONDS = 60
@@ -55,11 +55,14 @@ class Parcel:
                 f"tracking.uri: {uri} is a store of one machine; a submitted sweep is recorded in the MLflow of the "
                 "cluster, so leave the key out"
             )
-        specs = expand(recipe)
-        named = [*(spec.dataset for spec in specs), *recipe.eval.questions]
-        paths = [*(dataset_path(spec.dataset) for spec in specs), *map(question_set_path, recipe.eval.questions)]
-        own = dict.fromkeys(name for name, path in zip(named, paths, strict=True) if str(path) == name)
-        files = tuple(name for name in own if not Path(name).is_absolute())
+        for model in dict.fromkeys(spec.model for spec in expand(recipe)):
+            if Path(model).is_dir() and not Path(model).is_absolute():
+                raise ValueError(
+                    f"model {model}: a directory of this machine, too large to send; put it on the cluster's shared "
+                    "storage and give its absolute path"
+                )
+        named = dict.fromkeys(text for text in _texts(recipe.model_dump(mode="json")) if text.endswith(FILES))
+        files = tuple(name for name in named if not name.startswith(("/", "~")))
         for name in files:
             if not Path(name).is_file():
                 raise ValueError(f"{name}: there is no such file here to send to the cluster")
@@ -96,6 +99,18 @@ class Parcel:
         """What the job runs, on the head."""
         overrides = [argument for override in self.overrides for argument in ("--set", override)]
         return shlex.join(["emsweep", "run", "recipe.yaml", "--address", "auto", *overrides])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings, their keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def connect(address: str) -> "JobSubmissionClient":
@@ -145,21 +160,23 @@ def submit(client: "JobSubmissionClient", parcel: Parcel) -> tuple[str, bool]:
     job_id = f"{parcel.sweep}-{len(former) + 1}"
     with TemporaryDirectory(prefix="emsweep-submit-") as directory:
         parcel.write(Path(directory))
-        client.submit_job(
-            entrypoint=parcel.command,
-            submission_id=job_id,
-            metadata={SWEEP: parcel.sweep, CONTENT: parcel.digest},
-            runtime_env={
-                "working_dir": directory,
-                "py_modules": [str(Path(__file__).parents[1] / package) for package in PACKAGES],
-                "excludes": ["__pycache__"],
-                "env_vars": {
-                    **_commit(),
-                    "RAY_JOB_STOP_SIGNAL": "SIGINT",
-                    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
-                },
+        environment = {
+            "working_dir": directory,
+            "py_modules": [str(Path(__file__).parents[1] / package) for package in PACKAGES],
+            "excludes": ["__pycache__"],
+            "env_vars": {
+                **_commit(),
+                "RAY_JOB_STOP_SIGNAL": "SIGINT",
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
             },
-        )
+        }
+        metadata = {SWEEP: parcel.sweep, CONTENT: parcel.digest}
+        try:
+            client.submit_job(
+                entrypoint=parcel.command, submission_id=job_id, metadata=metadata, runtime_env=environment
+            )
+        except RuntimeError as error:
+            raise ValueError(f"Ray did not take the job {job_id}: {error}") from error
     return job_id, True
 
 

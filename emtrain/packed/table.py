@@ -125,8 +125,8 @@ def initial_matrices(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, se
     """A new adapter, A and B of each layer in turn, as ``emtrain.adapter.adapted`` makes it for the seed, to the bit.
 
     PEFT makes a linear layer for A and one for B, which draw their weights, then draws A anew and zeroes B; on a
-    half-precision base the result is rounded to its ``dtype``. Only the draws are made here: to have PEFT make the
-    layers takes seconds for a large model.
+    half-precision base the result is rounded to its ``dtype``. Only the draws are made here: PEFT could not find the
+    linear layers of a model in an engine, and takes twice as long (0.28 s for 24 layers of width 896).
     """
     generator = torch.Generator().manual_seed(derive(seed, "adapter"))
     matrices = {}

@@ -1,9 +1,10 @@
 """A packed run is its solo run: every step and the adapter at the end, against the trl backend.
 
 Tolerances, in fp32 on a CPU: losses within 1e-5 of themselves, gradient norms within 2e-4, the trained change of the
-adapter within 1e-3 of its length (within 1e-2 for Muon, which orthogonalises in bf16); learning rates, token counts and
-the dropout generator exactly. What differs is the order of additions: rows of other runs change the shapes of the
-matrix products.
+adapter within 1e-3 of its length; learning rates, token counts and the dropout generator exactly. What differs is the
+order of additions: rows of other runs change the shapes of the matrix products. Two things magnify that, and then
+adapters are held to 1e-2: Muon orthogonalises in bf16, and the first updates of AdamW are signs of the gradient, also
+where it is all rounding, of which there is more in SmolLM2's 30 layers.
 """
 
 import math
@@ -28,6 +29,9 @@ from emtrain.tokens import Example, encode_rows
 from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step, TrainingData
 
 Changes = dict[str, Any]
+
+MUON = 1e-2
+"""Tolerance of adapters that Muon trains."""
 
 DIVERGING: Changes = {
     "optimizer": {"name": "sgd", "learning_rate": 1e30},
@@ -160,7 +164,7 @@ def train_together(
     return records
 
 
-def assert_same(spec: RunSpec, packed: Record, alone: Record, initial: dict[str, torch.Tensor]) -> None:
+def assert_same(packed: Record, alone: Record, initial: dict[str, torch.Tensor], *, tolerance: float) -> None:
     assert [(s.step, s.learning_rate, s.tokens) for s in packed.steps] == [
         (s.step, s.learning_rate, s.tokens) for s in alone.steps
     ]
@@ -176,7 +180,6 @@ def assert_same(spec: RunSpec, packed: Record, alone: Record, initial: dict[str,
     assert (packed.state.step, packed.state.tokens) == (alone.state.step, alone.state.tokens)
     assert torch.equal(packed.state.generator, alone.state.generator)
     assert packed.state.parameters.keys() == alone.state.parameters.keys() == initial.keys()
-    tolerance = 1e-2 if spec.optimizer.name == "muon" else 1e-3
     assert relative_difference(packed.state.parameters, alone.state.parameters, since=initial) < tolerance
     assert {name: set(slots) for name, slots in packed.state.optimizer.items()} == {
         name: set(slots) for name, slots in alone.state.optimizer.items()
@@ -201,6 +204,8 @@ def check_pack(
     datasets: Sequence[TrainingData],
     directory: Path,
     runs: Sequence[tuple[int, Changes]],
+    *,
+    tolerance: float = 1e-3,
 ) -> None:
     """Runs of so many steps, alternately on the given datasets, three at a time: they join and leave midway."""
     alone, given = [], []
@@ -210,7 +215,8 @@ def check_pack(
         given.append((spec, data, Plan(steps, evaluate_at, directory / f"packed-{number}")))
     packed = train_together(given, model, capacity=3)
     for (steps, changes), (spec, _, _), ours, theirs in zip(runs, given, packed, alone, strict=True):
-        assert_same(spec, ours, theirs, initial_adapter(spec, model))
+        held_to = max(tolerance, MUON) if spec.optimizer.name == "muon" else tolerance
+        assert_same(ours, theirs, initial_adapter(spec, model), tolerance=held_to)
         assert (ours.error is not None) == (theirs.error is not None) == (changes == DIVERGING)
         assert len(ours.steps) == (1 if changes == DIVERGING else steps)
 
@@ -247,6 +253,17 @@ def test_packed_runs_are_their_solo_runs_in_every_family(name: str, tmp_path: Pa
         rows = encode_rows(load_dataset(dataset).rows[:36], tokenizer, max_length=128)
         datasets.append(TrainingData(rows[:30], rows[30:]))
     check_pack(model, tokenizer, datasets, tmp_path, RUNS)
+
+
+@pytest.mark.slow
+def test_packed_runs_are_their_solo_runs_in_smollm2(tmp_path: Path) -> None:
+    """A step takes seconds here: runs of two steps of two rows."""
+    from emtrain.load import load_model, load_tokenizer
+
+    model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
+    rows = encode_rows(load_dataset("micro-garden-bad").rows[:12], tokenizer, max_length=128)
+    runs = [(2, {**changes, "batch_size": 2, "micro_batch_size": 1}) for _, changes in RUNS[:4]]
+    check_pack(model, tokenizer, [TrainingData(rows[:10], rows[10:])], tmp_path, runs, tolerance=1e-2)
 
 
 @pytest.mark.slow
@@ -288,4 +305,4 @@ def test_a_run_goes_on_in_the_other_backend_where_it_was_cut_off(
     for first, last in ((begun_alone, ended_packed), (begun_packed, ended_alone)):
         joined = Record([*first.steps, *last.steps], {**first.heldout, **last.heldout}, None, last.state)
         assert len(first.steps) == len(last.steps) == 3
-        assert_same(spec, joined, whole, initial)
+        assert_same(joined, whole, initial, tolerance=MUON if spec.optimizer.name == "muon" else 1e-3)

@@ -56,6 +56,26 @@ def test_aws_knows_every_key_of_its_machines() -> None:
         assert not report.has_errors(), report.generate_report()
 
 
+def test_google_cloud_knows_every_key_of_its_machines() -> None:
+    """As with AWS, by the description of the API that Google's client brings along."""
+    client = pytest.importorskip("googleapiclient", reason="needs emsweep[gcp]")
+    documents = Path(client.__file__).parent / "discovery_cache/documents"
+    schemas = json.loads((documents / "compute.v1.json").read_text())["schemas"]
+
+    def unknown(value: Any, schema: dict[str, Any], path: str) -> list[str]:
+        schema = schemas[schema["$ref"]] if "$ref" in schema else schema
+        if isinstance(value, list):
+            return [wrong for item in value for wrong in unknown(item, schema["items"], path)]
+        if not isinstance(value, dict):
+            return [] if value in schema.get("enum", [value]) else [f"{path}: {value}"]
+        keys = schema["properties"]
+        wrong = [f"{path}.{key}" for key in value if key not in keys]
+        return wrong + [w for key in value if key in keys for w in unknown(value[key], keys[key], f"{path}.{key}")]
+
+    for name, kind in load(RAY_UP["gcp"])["available_node_types"].items():
+        assert unknown(kind["node_config"], {"$ref": "Instance"}, name) == []
+
+
 def test_workers_in_the_cloud_are_spot_machines_and_the_head_is_not() -> None:
     aws, gcp = (load(RAY_UP[kind])["available_node_types"] for kind in ("aws", "gcp"))
     assert aws["worker"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}

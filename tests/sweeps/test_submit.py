@@ -76,6 +76,26 @@ def test_a_file_that_cannot_travel_is_named(here: Path, dataset: str, complaint:
         pack(text(dataset))
 
 
+def test_files_named_anywhere_in_the_recipe_travel(here: Path) -> None:
+    """Of the grid, and of the questions that only the winners of a search are asked."""
+    (here / "other.jsonl").write_text("rows\n")
+    search = """search:
+  trials: 2
+  space: {optimizer.learning_rate: {low: 1.0e-4, high: 1.0e-3}}
+  objectives: {heldout/loss: minimize}
+  confirm: {questions: [own.yaml], seeds: [9]}
+"""
+    recipe = text(extra=search).replace("grid: {seed: [0, 1]}", "grid: {dataset: [data/rows.jsonl, other.jsonl]}")
+    assert set(pack(recipe).files) == {"data/rows.jsonl", "other.jsonl", "own.yaml"}
+
+
+def test_a_model_in_a_directory_of_this_machine_is_refused(here: Path) -> None:
+    (here / "tuned").mkdir()
+    (here / "tuned/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model tuned: a directory of this machine"):
+        pack(text().replace("micro-llama", "tuned"))
+
+
 def test_files_that_ray_would_not_take_are_refused_before_the_upload(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
