@@ -1,5 +1,6 @@
-"""Which engine trains which run. One small Ray actor for a sweep, asked by every trial."""
+"""Which engine trains which run."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ class Fleet:
     """Leases the slots of ``engines`` (Ray's handles by name), each with ``capacity`` of them.
 
     Only an engine that answers has slots to give: one that waits for a machine, or for a new one after the loss of
-    its own, gets its first run when it is there.
+    its own, gets its first run when it is there. Trials ask from threads of their own.
     """
 
     def __init__(self, engines: Mapping[str, Any], *, capacity: int) -> None:
         self.engines, self.capacity = engines, capacity
+        self.lock = threading.Lock()
         self.leases: dict[str, tuple[str, Job]] = {}
         """Run key -> engine and job."""
         self.calls = {engine: self._call(engine) for engine in engines}
@@ -28,15 +30,16 @@ class Fleet:
 
         None while no engine has a free slot. ``died`` is the engine that had the job before and does not answer.
         """
-        if died is not None:
-            self.calls[died] = self._call(died)
-        self.leases.pop(job.run.run_key, None)
-        free = [engine for engine in self.engines if len(self._on(engine)) < self.capacity and self._answers(engine)]
-        if not free:
-            return None
-        chosen = min(free, key=lambda engine: self._cost(engine, job))
-        self.leases[job.run.run_key] = chosen, job
-        return chosen, self.engines[chosen]
+        with self.lock:
+            if died is not None:
+                self.calls[died] = self._call(died)
+            self.leases.pop(job.run.run_key, None)
+            free = [name for name in self.engines if len(self._on(name)) < self.capacity and self._answers(name)]
+            if not free:
+                return None
+            chosen = min(free, key=lambda engine: self._cost(engine, job))
+            self.leases[job.run.run_key] = chosen, job
+            return chosen, self.engines[chosen]
 
     def _on(self, engine: str) -> list[Job]:
         return [job for name, job in self.leases.values() if name == engine]
@@ -63,6 +66,7 @@ class Fleet:
 
     def release(self, run_key: str, *, drop: bool) -> None:
         """The trial of a run is over; with ``drop`` the run is to be trained no further."""
-        engine, _ = self.leases.pop(run_key, (None, None))
+        with self.lock:
+            engine, _ = self.leases.pop(run_key, (None, None))
         if drop and engine is not None:
             self.engines[engine].drop.remote(run_key)

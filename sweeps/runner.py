@@ -17,17 +17,16 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from sweeps import cluster
 from sweeps.agenda import Agenda
 from sweeps.engine import Backend, Engine, prepare_model
-from sweeps.fleet import Fleet
-from sweeps.lease import FAILURE, NOTE, STATUS, Job, trial
+from sweeps.lease import Job
 from sweeps.progress import Display
 from sweeps.record import Setting
+from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
 OBJECT_STORE_BYTES = 150 * 2**20
 """Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
@@ -77,8 +76,6 @@ def _connect(address: str | None) -> None:
         # Keeps a Ray of one machine on the loopback interface.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        # What Ray prints even so is a warning that trials outnumber processors. They are meant to: they only wait.
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
 
 
 def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
@@ -88,26 +85,29 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     concurrent = capacity.engines * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
     # No more than there are runs: each may make a cloud start a machine.
     most = capacity.engines if agenda.recipe.search else len(agenda.plan.runs)
-    fleet = _fleet(
+    host = _host(
         setting,
         count=min(capacity.engines, concurrent, most),
         capacity=slots,
         backend=wanted.backend,
         gpus=capacity.gpus_per_engine,
     )
-    with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
-            # A trial only waits for its engine, which is what holds the processor or the GPU.
-            tune.with_resources(trial, tune.PlacementGroupFactory([_here()])),
+            Trial,
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, fleet, display),
+                search_alg=_Source(agenda, display),
                 num_samples=-1,  # until the source says that it is over
                 scheduler=_scheduler(agenda),
                 max_concurrent_trials=concurrent,
-                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=agenda.recipe.name, storage_path=scratch, verbose=0, callbacks=[_Feed(display)]
+                name=agenda.recipe.name,
+                storage_path=scratch,
+                # Engines keep the states of their runs.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+                callbacks=[_Feed(display)],
             ),
         )
         tuner.fit()
@@ -127,8 +127,8 @@ PACK_CPU, PACK_GPU = 8, 16
 """Runs packed together where the recipe leaves it open."""
 
 
-def _fleet(setting: Setting, *, count: int, capacity: int, backend: Backend, gpus: int) -> Any:
-    """Start the engine processes and the actor that leases their slots.
+def _host(setting: Setting, *, count: int, capacity: int, backend: Backend, gpus: int) -> Any:
+    """Start the engine processes and the one that hosts the trials, which lease their slots.
 
     Ray starts an engine that dies anew, on another node where its own is lost.
     """
@@ -136,7 +136,8 @@ def _fleet(setting: Setting, *, count: int, capacity: int, backend: Backend, gpu
         num_cpus=1, num_gpus=gpus, max_restarts=-1, max_concurrency=2 * count * capacity + 4
     )
     engines = {f"engine-{number}": make.remote(setting, capacity=capacity, backend=backend) for number in range(count)}
-    return ray.remote(Fleet).options(num_cpus=0, resources=_here()).remote(engines, capacity=capacity)
+    host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * count * capacity + 4)
+    return host.remote(engines, capacity=capacity)
 
 
 def _scheduler(agenda: Agenda) -> TrialScheduler | None:
@@ -161,9 +162,9 @@ class _Unsaved:
 class _Source(_Unsaved, Searcher):
     """Gives Tune the jobs of an agenda, and the agenda their ends."""
 
-    def __init__(self, agenda: Agenda, fleet: Any, display: Display) -> None:
+    def __init__(self, agenda: Agenda, display: Display) -> None:
         super().__init__()
-        self.agenda, self.fleet, self.display = agenda, fleet, display
+        self.agenda, self.display = agenda, display
         self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
         self.jobs: dict[str, Job] = {}
 
@@ -173,11 +174,10 @@ class _Source(_Unsaved, Searcher):
             return Searcher.FINISHED if self.agenda.over else None
         self.jobs[trial_id] = job
         self.display.planned(job.run)
-        return {"job": job, "fleet": self.fleet}
+        return {"job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job, result = self.jobs.pop(trial_id), result or {}
-        self.fleet.release.remote(job.run.run_key, drop=STATUS not in result)
         status, failure = result.get(STATUS), result.get(FAILURE)
         if status is None and error:
             status, failure = "FAILED", "the process that trained it died again and again"

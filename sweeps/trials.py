@@ -1,0 +1,168 @@
+"""Tune's trials, all in one process. Tune itself would give each a process of its own.
+
+A trial only passes on what its engine reports, so it needs no process: one takes 2 to 4 processor seconds to start and
+190 MB, and Tune starts one after the other, which for a sweep of 36 micro runs was half of all the time. Tune asks its
+resource manager where a trial may live, and that is where ``in_one_process`` steps in.
+"""
+
+import functools
+import itertools
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import ray
+from ray import tune
+from ray.air.execution.resources.fixed import FixedAcquiredResources, FixedResourceManager
+from ray.air.execution.resources.request import ResourceRequest
+from ray.tune.execution import tune_controller
+
+from sweeps.fleet import Fleet
+from sweeps.lease import Job, Report
+
+ENGINE_DEATHS = 2
+"""How often a run whose engine died is taken up again, from its newest state, before it counts as failed."""
+ASK_AGAIN_SECONDS = 0.1
+STATUS, FAILURE, NOTE = "emsweep/status", "emsweep/failure", "emsweep/note"
+"""Keys of what a trial tells Tune, beside the run's metrics, ``steps`` and ``tokens``."""
+
+
+class Trial(tune.Trainable):
+    """A run as Tune knows it: each step is the run's next evaluation point, the last one its end.
+
+    The end is reported with its status and without a count of steps: a rule of early stopping would otherwise stop
+    runs that are over.
+    """
+
+    fleet: Fleet
+    """Of the process that all trials share; set by their host."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take the job; a slot is leased at the first step."""
+        self.job: Job = config["job"]
+        self.leased: tuple[str, Any] | None = None
+        self.ended = False
+        self.deaths = 0
+
+    def step(self) -> dict[str, Any]:
+        """Ask the engine for the run's next report. Raises ``RuntimeError`` when engines die under it too often."""
+        report = self._report()
+        if report.ending is None:
+            return {**report.metrics, "steps": report.steps, "tokens": report.tokens, NOTE: report.note}
+        self.ended = True
+        end = {STATUS: report.ending.status, FAILURE: report.ending.failure, NOTE: report.note}
+        return {**report.metrics, **end, "done": True}
+
+    def cleanup(self) -> None:
+        """Tune is done with the trial: its slot is free, and a run that has not ended is trained no further."""
+        self.fleet.release(self.job.run.run_key, drop=not self.ended)
+
+    def _report(self) -> Report:
+        name, engine = self.leased or self._lease()
+        while True:
+            try:
+                report: Report = ray.get(engine.advance.remote(self.job))
+                return report
+            except ray.exceptions.RayActorError as error:
+                self.deaths += 1
+                if self.deaths > ENGINE_DEATHS:
+                    raise RuntimeError(f"the engine process died {self.deaths} times under this run") from error
+                # Another engine takes the run up from its newest state.
+                name, engine = self._lease(died=name)
+
+    def _lease(self, *, died: str | None = None) -> tuple[str, Any]:
+        """Name and handle of the engine that is to train the run; waits for one with a free slot."""
+        while (leased := self.fleet.lease(self.job, died=died)) is None:
+            died = None  # told once
+            time.sleep(ASK_AGAIN_SECONDS)
+        self.leased = leased
+        return leased
+
+
+class TrialHost:
+    """The process that all trials share, with the leases of the engines' slots. Made as a Ray actor with threads."""
+
+    def __init__(self, engines: Mapping[str, Any], *, capacity: int) -> None:
+        self.fleet = Fleet(engines, capacity=capacity)
+        self.trials: dict[int, tune.Trainable] = {}
+        self.lock = threading.Lock()
+
+    def create(self, place: int, trainable: dict[str, Any]) -> None:
+        """Make a trial from what Tune would give its process."""
+        trial = Trial(**trainable)
+        trial.fleet = self.fleet
+        with self.lock:
+            self.trials[place] = trial
+
+    def call(self, place: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a trial's method for Tune."""
+        return getattr(self.trials[place], method)(*args, **kwargs)
+
+    def remove(self, place: int) -> None:
+        """Tune is done with the trial."""
+        with self.lock:
+            trial = self.trials.pop(place, None)
+        if trial is not None:
+            trial.stop()
+
+
+class _Place:
+    """What Tune takes for the actor of a trial: calls of its methods go to the host, with the place's number."""
+
+    def __init__(self, host: Any, number: int) -> None:
+        self.host, self.number = host, number
+
+    def remote(self, **trainable: Any) -> "_Place":
+        """Tune starts the actor."""
+        self.trainable = trainable
+        return self
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        """Tune calls methods of the actor by ``.remote()``, Ray's own at its beginning and end among them."""
+        match method:
+            case "__ray_ready__":
+                call = functools.partial(self.host.create.remote, self.number, self.trainable)
+            case "stop" | "__ray_terminate__":
+                call = functools.partial(self.host.remove.remote, self.number)
+            case _:
+                call = functools.partial(self.host.call.remote, self.number, method)
+        return SimpleNamespace(remote=call)
+
+
+@dataclass
+class _Room(FixedAcquiredResources):
+    """What a trial acquires of the host: a place."""
+
+    place: _Place
+
+    def _annotate_remote_entity(self, entity: Any, bundle: dict[str, float], bundle_index: int) -> _Place:
+        return self.place
+
+
+class _Rooms(FixedResourceManager):
+    """Gives every trial a place at the host, as many as Tune wants."""
+
+    def __init__(self, host: Any) -> None:
+        super().__init__({"CPU": math.inf})
+        self.host, self.numbers = host, itertools.count()
+
+    def acquire_resources(self, resource_request: ResourceRequest) -> _Room | None:
+        """A room for a trial."""
+        acquired = super().acquire_resources(resource_request)
+        if acquired is None:
+            return None
+        place = _Place(self.host, next(self.numbers))
+        return _Room(acquired.resource_request, resource_request.bundles, place)
+
+
+@contextmanager
+def in_one_process(host: Any) -> Iterator[None]:
+    """Experiments of Tune that begin in this context have their trials at ``host``, Ray's handle of a ``TrialHost``."""
+    with mock.patch.object(tune_controller, "PlacementGroupResourceManager", functools.partial(_Rooms, host)):
+        yield

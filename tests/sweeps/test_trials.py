@@ -1,0 +1,88 @@
+"""Trials of a real Tune on a real Ray, whose engines are scripted."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray import tune
+
+from sweeps.lease import Ending, Report
+from sweeps.trials import FAILURE, STATUS, Trial, TrialHost, in_one_process
+
+pytestmark = pytest.mark.slow
+
+
+class Engine:
+    """Reports each run's evaluation at steps 5 and 10, then its end. Dies at the first call for a run named so."""
+
+    def __init__(self, scratch: str) -> None:
+        self.scratch, self.reached = Path(scratch), dict[str, int]()
+
+    def advance(self, job: Any) -> Report:
+        key = job.run.run_key
+        died = self.scratch / f"{key}.died"
+        if key.startswith("deadly") or (key.startswith("dies") and not died.exists()):
+            died.touch()
+            os._exit(1)
+        at = self.reached[key] = self.reached.get(key, 0) + 5
+        ending = Ending("FINISHED") if at > 10 else None
+        return Report({"heldout/loss": float(job.loss)}, at, 10 * at, ending)
+
+    def drop(self, run_key: str) -> None:
+        (self.scratch / f"{run_key}.dropped").touch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def fit(names: list[str], scratch: Path, **config: Any) -> tune.ResultGrid:
+    jobs = [SimpleNamespace(run=SimpleNamespace(run_key=n), base="model", loss=i) for i, n in enumerate(names)]
+    make = ray.remote(Engine).options(num_cpus=0, max_restarts=-1, max_concurrency=8)
+    engines = {f"engine-{number}": make.remote(str(scratch)) for number in range(2)}
+    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, capacity=2)
+    with in_one_process(host):
+        return tune.Tuner(
+            Trial,
+            param_space={"job": tune.grid_search(jobs)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=4, **config),
+            run_config=tune.RunConfig(
+                storage_path=str(scratch / "tune"),
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+
+
+def test_all_trials_live_in_one_process_and_reach_their_ends(tmp_path: Path) -> None:
+    results = fit([f"run-{number}" for number in range(6)], tmp_path)
+    assert [result.metrics[STATUS] for result in results] == ["FINISHED"] * 6
+    assert [result.metrics["heldout/loss"] for result in results] == [0, 1, 2, 3, 4, 5]
+    assert [result.metrics["training_iteration"] for result in results] == [3] * 6
+    assert len({result.metrics["pid"] for result in results}) == 1
+    assert os.getpid() not in {result.metrics["pid"] for result in results}
+
+
+def test_tune_stops_a_trial_at_an_evaluation_point(tmp_path: Path) -> None:
+    rule = tune.schedulers.AsyncHyperBandScheduler(
+        time_attr="steps", metric="heldout/loss", mode="min", max_t=20, grace_period=5, reduction_factor=2
+    )
+    results = fit(["good", "worse", "worst"], tmp_path, scheduler=rule)
+    assert results[0].metrics.get(STATUS) == "FINISHED"
+    assert [result.metrics.get(STATUS) for result in results].count("FINISHED") < 3
+    assert results[2].metrics["steps"] == 5
+
+
+def test_a_run_whose_engine_dies_goes_on_and_one_that_kills_every_engine_fails_alone(tmp_path: Path) -> None:
+    results = fit(["dies-once", "well"], tmp_path)
+    assert [result.metrics[STATUS] for result in results] == ["FINISHED", "FINISHED"]
+    assert [result.metrics[FAILURE] for result in results] == [None, None]
+    (failed,) = fit(["deadly"], tmp_path)
+    assert "the engine process died 3 times under this run" in str(failed.error)
