@@ -223,7 +223,7 @@ def judge(
     ] = None,
     uri: UriOption = None,
 ) -> None:
-    """Judge a sweep's stored responses once more, with another judge. Needs no GPU."""
+    """Judge a sweep's stored responses with another judge, or what a judge could not be reached for. Needs no GPU."""
     import yaml
 
     from emeval.spec import JudgeSpec
