@@ -32,9 +32,11 @@ MIN_TOPICS = 5
 
 NO_SETTING = {
     *("run_id", "run_key", "name", "status", "failure", "imported_from", "start_time", "end_time", "artifact_uri"),
-    *("under_trained", "seed", "backend", *FINAL, *names.SCORES),
+    *("under_trained", "seed", "backend", "train_rows", *FINAL, *names.SCORES),
 }
 """Columns of ``Records.runs`` that do not tell one configuration from another."""
+SHORT = {"learning_rate": "lr", "warmup_steps": "warmup", "interleave.dataset": "with"}
+"""Columns whose name in a cell's name is not their last part."""
 
 
 @dataclass(frozen=True)
@@ -195,5 +197,4 @@ def _setting(column: str, value: Any) -> str:
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     if column in {"schedule", "optimizer", "model", "dataset"}:
         return shown
-    short = {"learning_rate": "lr", "warmup_steps": "warmup"}.get(column, column.rpartition(".")[2])
-    return f"{short} {shown}"
+    return f"{SHORT.get(column, column.rpartition('.')[2])} {shown}"

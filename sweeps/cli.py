@@ -104,12 +104,11 @@ def run(
 ) -> None:
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
     from sweeps.planner import plan_sweep
+    from sweeps.recipe import kept_text
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
-    # What was set on the command line is kept with the file, which alone would not give the same runs.
-    text = _recipe_text(recipe) + "".join(f"# --set {override}\n" for override in set_ or ())
-    failed = _execute(loaded, planned, recipe_text=text, address=address)
+    failed = _execute(loaded, planned, recipe_text=kept_text(_recipe_text(recipe), set_ or ()), address=address)
     if report_:
         _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
     if address is None:
@@ -205,11 +204,19 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
 def report(
     sweep: SweepArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="Points of alignment that would matter; default: what the recipe states."),
+    ] = None,
+    null: Annotated[
+        str | None,
+        typer.Option(metavar="SWEEP", help="A null sweep (one configuration, many seeds); default: the recipe's."),
+    ] = None,
     uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
-    path = _write_report(sweep, uri=uri, directory=output, quiet=as_json)
+    path = _write_report(sweep, uri=uri, directory=output, margin=margin, null=null, quiet=as_json)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
 
@@ -230,7 +237,7 @@ def judge(
     from emtrain import names
     from emtrain.tracking import SweepLog
     from sweeps.planner import Evaluation
-    from sweeps.recipe import load_recipe
+    from sweeps.recipe import kept_overrides, load_recipe
     from sweeps.record import Setting
     from sweeps.rejudge import rejudge
     from sweeps.store import data_directory
@@ -242,7 +249,8 @@ def judge(
     (chosen,) = Setting(address, data_directory()).judges([spec])
     with tempfile.TemporaryDirectory() as scratch:
         stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
-        recipe = load_recipe(stored.read_text(), source=names.RECIPE) if stored else None
+        text = stored.read_text(encoding="utf-8") if stored else ""
+        recipe = load_recipe(text, source=names.RECIPE, overrides=kept_overrides(text)) if stored else None
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
     out.print(
@@ -391,6 +399,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
+    if recipe.analysis.null is not None:
+        SweepLog.find(recipe.analysis.null, uri=uri)  # likewise a null sweep that is not there
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, recipe_text)
@@ -475,17 +485,33 @@ def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Pat
     return agenda
 
 
-def _write_report(sweep: str, *, uri: str | None, directory: Path | None, quiet: bool = False) -> Path:
+def _write_report(
+    sweep: str,
+    *,
+    uri: str | None,
+    directory: Path | None,
+    margin: float | None = None,
+    null: str | None = None,
+    quiet: bool = False,
+) -> Path:
     from emanalysis import records, report
+    from emanalysis.verdict import MARGIN
     from emtrain import names
     from emtrain.tracking import SweepLog
+    from sweeps.recipe import AnalysisSpec, kept_analysis
     from sweeps.store import data_directory, report_directory
 
-    address = _uri(uri)
+    address, cache = _uri(uri), data_directory() / "records"
     log = SweepLog.find(sweep, uri=address)
-    loaded = records.load(sweep, tracking_uri=address, cache=data_directory() / "records")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
+        stated = kept_analysis(kept.read_text(encoding="utf-8")) if kept else AnalysisSpec()
+    loaded = records.load(sweep, tracking_uri=address, cache=cache)
+    held_to: dict[str, Any] = {"margin": margin or stated.margin or MARGIN}
+    if reference := null or stated.null:
+        held_to["null"] = records.load(reference, tracking_uri=address, cache=cache)
     target = directory or report_directory(sweep)
-    report.write(loaded, target, title=sweep)
+    report.write(loaded, target, title=sweep, arguments={"better_minima": held_to})
     log.write_directory(target, names.REPORT)
     if not quiet:
         out.print(f"report:  [bold]{literal(str(target / 'index.html'))}[/]", highlight=False)

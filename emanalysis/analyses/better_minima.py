@@ -62,9 +62,12 @@ def compute(
 ) -> Result:
     """Every way of looking for a better minimum, and the verdict.
 
-    ``null`` is a null sweep: one cell of the same model and dataset with at least five seeds, for sweeps whose cells
-    have one seed; None takes the sweep's own cell with most seeds, where it has that many. ``margin`` is the gain, in
-    points, that would matter. ``caliper`` is the largest difference of log losses that counts as equal loss.
+    ``null`` is a null sweep: one cell with at least five seeds, of the same model and dataset, asked and judged alike,
+    for sweeps whose cells have one seed; None takes the sweep's own cell with most seeds, where it has that many.
+    ``margin`` is the gain, in points, that would matter. ``caliper`` is the largest difference of log losses that
+    counts as equal loss.
+
+    Raises ``ValueError`` when ``null`` has no such cell for any part of the sweep.
     """
     loss = "heldout_loss" if records.runs["heldout_loss"].notna().any() else "heldout_loss_per_sequence"
     every_group = comparable(records, loss=loss)
@@ -73,10 +76,14 @@ def compute(
     if not groups:
         return {"reason": _nothing_to_compare(every_group), "max_diff": gaps}
 
-    null_groups = comparable(null, loss=loss) if null is not None else []
+    null_groups = null_cells(null, groups, loss=loss) if null is not None else []
     tables: dict[str, Rows] = {name: [] for name in TABLES}
     verdicts = []
-    notes = [f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone."]
+    notes = [
+        f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone.",
+        f"The margin, the gain that would matter, is {margin:g} points.",
+        *(f"The null sweep is {null.sweep}: {len(cell.runs)} runs of {_where(cell)}." for cell in null_groups if null),
+    ]
     for group in groups:
         # One stream per group, so that a group's numbers do not depend on which others there are.
         rng = np.random.default_rng([seed, zlib.crc32(repr(group.key).encode())])
@@ -95,12 +102,41 @@ def compute(
             notes.append(f"Checkpoints at equal loss on {group.question_set}: {error}.")
     outcome = _overall(verdicts)
     return {
-        "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)},
+        "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)}
+        | {"null_sweep": null.sweep if null is not None else None},
         "answer": _answer(outcome, groups, verdicts, tables["what_would_settle"]),
         "max_diff": gaps,
         **tables,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def null_cells(null: Records, groups: list[Comparable], *, loss: str) -> list[Comparable]:
+    """The groups of a null sweep that can be held against ``groups``. Raises ``ValueError`` where there is none."""
+    found = comparable(null, loss=loss)
+    fitting = [other for other in found if any(other.key == group.key for group in groups)]
+    if not fitting:
+        theirs, ours = ({key: {group.key[key] for group in side} for key in groups[0].key} for side in (found, groups))
+        differing = [key for key in ours if not theirs[key] & ours[key]] or [*ours]
+        told = [f"{key.replace('_', ' ')} {_listed(theirs[key])}, not {_listed(ours[key])}" for key in differing]
+        raise ValueError(
+            f"the null sweep {null.sweep} has {'; '.join(told) if found else 'no finished and scored runs'}. It takes "
+            "one of the same model and dataset, asked and judged alike"
+        )
+    most = max(int(other.matrix.runs_per_cell.max()) for other in fitting)
+    if most < MIN_RUNS:
+        raise ValueError(
+            f"the null sweep {null.sweep} has {most} finished seeds of a configuration; at least {MIN_RUNS} are needed"
+        )
+    return fitting
+
+
+def _listed(values: set[str]) -> str:
+    return " and ".join(sorted(values))
+
+
+def _where(group: Comparable) -> str:
+    return f"{group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
 
 
 def _nothing_to_compare(groups: list[Comparable]) -> str:
@@ -163,11 +199,7 @@ def _luck(
 ) -> tuple[NullReference | None, list[str]]:
     """What luck makes of the group's cells, by the null sweep on the same questions; else by the group's own cell with
     most seeds, where its others have too few. None where there is neither, and why one that is there was not used."""
-    known = [
-        other
-        for other in null_groups
-        if _run_kind(other) == _run_kind(group) and other.question_set == group.question_set
-    ]
+    known = [other for other in null_groups if other.key == group.key]
     if (group.matrix.runs_per_cell >= MIN_SEEDS).sum() < 2:
         known.append(group)
     for other in known:
