@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from emanalysis.records import Records
-from emanalysis.score_matrix import Ints, ScoreMatrix
+from emanalysis.score_matrix import MIN_TOPICS, Ints, ScoreMatrix, clustered_by_topic
 from emanalysis.tidy import FINAL
 from emtrain import names
 
@@ -27,8 +27,6 @@ MIN_COHERENT = 50.0
 """Mean coherence below which a run's alignment means nothing (the threshold of arXiv 2502.17424)."""
 MAX_MISSING = 0.2
 """Share of questions without a score above which a run is left out; with less, the questions are."""
-MIN_TOPICS = 5
-"""Topics from which on questions are grouped by topic. With fewer, questions count as independent."""
 
 NO_SETTING = {
     *("run_id", "run_key", "name", "status", "failure", "imported_from", "start_time", "end_time", "artifact_uri"),
@@ -161,7 +159,7 @@ def _group(
     own = runs.set_index("run_id").loc[table.index].reset_index()
     questions = rows.drop_duplicates("question_id").set_index("question_id").loc[table.columns]
     topics = questions["topic"]
-    grouped = topics.notna().all() and topics.nunique() >= MIN_TOPICS
+    grouped = clustered_by_topic([topic if pd.notna(topic) else None for topic in topics])
     if not grouped:
         notes.append(f"Questions count as independent: fewer than {MIN_TOPICS} topics are told apart.")
     cluster, _ = pd.factorize(np.asarray(topics if grouped else table.columns, object), sort=True)

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +25,11 @@ from sweeps.terminal import literal
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from emanalysis.power import Design, Noise
+    from emtrain.spec import RunSpec
     from emtrain.tracking import SweepLog
     from sweeps.agenda import Agenda
+    from sweeps.comparisons import Comparison
     from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
 
@@ -91,6 +95,50 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
         _show_plan_without_data(loaded, missing, as_json=as_json)
     else:
         _show_plan(loaded, plan_sweep(loaded), as_json=as_json)
+
+
+@app.command()
+def power(
+    recipe: RecipeArgument,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="SWEEP", help="A finished sweep to take the variances from; default: the field's."
+        ),
+    ] = None,
+    difference: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="Points of alignment to detect; default: the recipe's margin, else 5."),
+    ] = None,
+    set_: SetOption = None,
+    uri: UriOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what difference a recipe would find, and how many seeds, questions or samples a smaller one takes."""
+    from emanalysis.power import POWER, assumed
+    from emanalysis.power_table import smallest_change, ways_table
+    from emanalysis.verdict import MARGIN
+
+    loaded = _load(recipe, set_)
+    target = difference or loaded.analysis.margin or MARGIN
+    groups = _designs(loaded)
+    if not groups:
+        raise ValueError(f"{loaded.name}: nothing is compared; it takes two configurations of one model and dataset")
+    tables: list[dict[str, Any]] = []
+    for (group, (design, alpha)), (noise, source) in zip(
+        groups.items(), _noises(list(groups), from_, uri), strict=True
+    ):
+        complete, guessed = assumed(noise)
+        tables.append(
+            {"compared": group.title, "configurations": design.cells, "variances": source, "assumed": guessed}
+            | {"noise": asdict(complete), "ways": ways_table(complete, design, target, alpha=alpha)}
+        )
+    if as_json:
+        _print_json({"sweep": loaded.name, "difference": target, "power": POWER, "comparisons": tables})
+        return
+    for found in tables:
+        out.print(_ways(found))
+        out.print(smallest_change(found["ways"], target) + "\n", highlight=False)
 
 
 @app.command()
@@ -208,15 +256,14 @@ def report(
         float | None,
         typer.Option(min=0.01, max=100, help="Points of alignment that would matter; default: what the recipe states."),
     ] = None,
-    null: Annotated[
-        str | None,
-        typer.Option(metavar="SWEEP", help="A null sweep (one configuration, many seeds); default: the recipe's."),
+    null_sweep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One configuration, many seeds; default: what the recipe states.")
     ] = None,
     uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
-    path = _write_report(sweep, uri=uri, directory=output, margin=margin, null=null, quiet=as_json)
+    path = _write_report(sweep, uri=uri, directory=output, margin=margin, null_sweep=null_sweep, quiet=as_json)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
 
@@ -370,6 +417,49 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+def _designs(recipe: "Recipe") -> "dict[Comparison, tuple[Design, float]]":
+    """The design of every comparison that the report will make, and the level it is tested at."""
+    from emanalysis.power import ALPHA, planned_design
+    from sweeps.comparisons import comparisons
+
+    found = comparisons(recipe)
+    return {group: (planned_design(group.seeds, group.topics, group.samples), ALPHA / len(found)) for group in found}
+
+
+def _noises(groups: "list[Comparison]", sweep: str | None, uri: str | None) -> "list[tuple[Noise, str]]":
+    """The noise of each comparison, from a finished sweep or the field, and where it is from, in words."""
+    from emanalysis.power import FIELD
+
+    if sweep is None:
+        return [(FIELD, "the published runs of arXiv 2606.20814 (of seeds: an upper bound)") for _ in groups]
+    from emanalysis.comparable import comparable
+    from emanalysis.power_table import measured_noise
+    from emanalysis.records import load
+    from sweeps.store import data_directory
+
+    known = comparable(load(sweep, tracking_uri=_uri(uri), cache=data_directory() / "records"))
+    if not known:
+        raise ValueError(f"--from {sweep}: it has no finished and scored runs to take variances from")
+    measured = [
+        measured_noise(known, model=group.model, dataset=group.dataset, question_set=group.question_set)
+        for group in groups
+    ]
+    return [(noise, f"{sweep} ({which})") for noise, which in measured]
+
+
+def _ways(found: dict[str, Any]) -> Table:
+    lines = [f"{found['compared']}: {found['configurations']} configurations", f"variances from {found['variances']}"]
+    if found["assumed"]:
+        lines.append(f"(but {', '.join(found['assumed'])}, which it does not show, from the published runs)")
+    table = Table(title=literal("\n".join(lines)), title_justify="left", box=None, pad_edge=False)
+    for column in found["ways"][0]:
+        table.add_column(column, justify="left" if column == "change" else "right")
+    for row in found["ways"]:
+        sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "samples", "responses")]
+        table.add_row(row["change"], *sizes, "nothing" if row["detects"] is None else f"{row['detects']:.1f}")
+    return table
+
+
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from sweeps.recipe import load_recipe, recipe_path
 
@@ -399,8 +489,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
-    if recipe.analysis.null is not None:
-        SweepLog.find(recipe.analysis.null, uri=uri)  # likewise a null sweep that is not there
+    if recipe.analysis.null_sweep is not None:
+        SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, recipe_text)
@@ -491,7 +581,7 @@ def _write_report(
     uri: str | None,
     directory: Path | None,
     margin: float | None = None,
-    null: str | None = None,
+    null_sweep: str | None = None,
     quiet: bool = False,
 ) -> Path:
     from emanalysis import records, report
@@ -508,7 +598,7 @@ def _write_report(
         stated = kept_analysis(kept.read_text(encoding="utf-8")) if kept else AnalysisSpec()
     loaded = records.load(sweep, tracking_uri=address, cache=cache)
     held_to: dict[str, Any] = {"margin": margin or stated.margin or MARGIN}
-    if reference := null or stated.null:
+    if reference := null_sweep or stated.null_sweep:
         held_to["null"] = records.load(reference, tracking_uri=address, cache=cache)
     target = directory or report_directory(sweep)
     report.write(loaded, target, title=sweep, arguments={"better_minima": held_to})
@@ -537,7 +627,7 @@ def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None
         "duplicates": planned.duplicates,
         "models": list(dict.fromkeys(run.spec.model for run in planned.runs)),
         "datasets": {
-            run.spec.dataset: {"train_rows": run.dataset.train_rows, "heldout_rows": run.dataset.heldout_rows}
+            _data_name(run.spec): {"train_rows": run.dataset.train_rows, "heldout_rows": run.dataset.heldout_rows}
             for run in planned.runs
         },
         "steps": steps,
@@ -545,11 +635,38 @@ def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None
         "evaluations": sum(len(run.evaluate_at) for run in planned.runs),
         "responses": planned.responses,
         "judge_calls": planned.judge_calls,
+        "detectable_difference": _detectable(recipe),
     }
     if as_json:
         _print_json({**facts, "run_keys": {run.run_key: run.name for run in planned.runs}})
         return
     _print_facts(facts)
+
+
+def _data_name(spec: "RunSpec") -> str:
+    other = spec.interleave
+    return spec.dataset if other is None else f"{spec.dataset} with {other.fraction:.0%} {other.dataset}"
+
+
+def _detectable(recipe: "Recipe") -> dict[str, dict[str, Any]]:
+    """What each comparison of the report would find, by the field's variances; None points where it finds nothing."""
+    from emanalysis.power import FIELD, detectable_difference
+
+    said = {}
+    for group, (design, alpha) in _designs(recipe).items():
+        points = detectable_difference(FIELD, design, alpha=alpha)
+        found = round(points, 1) if points <= 100 else None
+        said[group.title] = {"points": found, "configurations": design.cells, "seeds": design.seeds}
+    return said
+
+
+def _detectable_text(found: dict[str, Any]) -> str:
+    from emanalysis.confirmation import MIN_SEEDS
+
+    points = "nothing" if found["points"] is None else f"{found['points']:.0f} points"
+    if found["seeds"] < MIN_SEEDS:
+        points = f"nothing without {MIN_SEEDS} seeds of each or a null sweep"
+    return f"{points} ({found['configurations']} configurations, {found['seeds']} seeds)"
 
 
 def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
@@ -563,6 +680,7 @@ def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bo
         "duplicates": len(specs) - distinct,
         "models": list(dict.fromkeys(spec.model for spec in specs)),
         "missing_datasets": missing,
+        "detectable_difference": _detectable(recipe),
     }
     if as_json:
         _print_json(facts)
@@ -572,6 +690,8 @@ def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bo
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
+    detectable = {compared: _detectable_text(found) for compared, found in facts["detectable_difference"].items()}
+    facts = {**facts, "detectable_difference": detectable or "nothing is compared"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         shown = value

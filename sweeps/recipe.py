@@ -77,7 +77,7 @@ class AnalysisSpec(Spec):
 
     margin: Annotated[float, Field(gt=0, le=100)] | None = None
     """The gain of alignment, in points, that would matter; None is the report's usual one (5)."""
-    null: str | None = None
+    null_sweep: str | None = None
     """Name of a finished null sweep: one configuration with many seeds, of the same model and dataset, asked and
     judged alike. It says what luck does where configurations have fewer than three seeds."""
 

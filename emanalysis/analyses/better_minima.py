@@ -33,7 +33,7 @@ from emanalysis.gap_tables import (
 from emanalysis.max_diff import max_diff
 from emanalysis.null_sweep import MIN_RUNS, NullReference, null_reference
 from emanalysis.plot import number
-from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, Noise, design_of, designs_for
+from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, assumed, design_of, designs_for
 from emanalysis.records import Records
 from emanalysis.score_matrix import ScoreMatrix
 from emanalysis.verdict import MARGIN, Outcome, Verdict, decide
@@ -235,11 +235,10 @@ def _settling(matrix: ScoreMatrix, verdict: Verdict) -> Rows:
     """Designs that would detect the margin, where the verdict is open; unknown noise is the field's."""
     if verdict.outcome != "can't tell":
         return []
-    assumed = [name for name, value in asdict(verdict.noise).items() if not np.isfinite(value)]
-    noise = Noise(**{name: getattr(FIELD if name in assumed else verdict.noise, name) for name in asdict(FIELD)})
+    noise, unknown = assumed(verdict.noise)
     return [
-        {"by": way, "seeds": design.seeds, "questions": round(design.clusters * design.questions_per_cluster)}
-        | {"samples": design.samples, "detects": detects, "assumed": ", ".join(assumed)}
+        {"by": way, "seeds": design.seeds, "questions": design.questions}
+        | {"samples": design.samples, "detects": detects, "assumed": ", ".join(unknown)}
         for way, (design, detects) in designs_for(noise, design_of(matrix), verdict.margin, alpha=verdict.alpha).items()
     ]
 
@@ -284,15 +283,19 @@ def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
 
 
 def _settling_sentence(verdict: Verdict, ways: Rows) -> str:
-    sizes = [f"{row['seeds']} seeds of each configuration and {row['questions']} questions" for row in ways]
-    assumed = ""
+    sizes = [
+        f"{row['seeds']} seeds of each configuration and {row['questions']} questions"
+        + (f", each answered {number(row['samples'], '.0f')} times" if row["by"] == "samples" else "")
+        for row in ways
+    ]
+    guess = ""
     if not np.isfinite(verdict.noise.seed):
-        assumed = f", were the luck of seeds {FIELD.seed:g} points (the published runs' upper bound)"
+        guess = f", were the luck of seeds {FIELD.seed:g} points (the published runs' upper bound)"
     if sizes:
-        return f"To find {verdict.margin:g} points{assumed}: {'; or '.join(dict.fromkeys(sizes))}."
+        return f"To find {verdict.margin:g} points{guess}: {'; or '.join(dict.fromkeys(sizes))}."
     return (
         f"Even {MOST_SEEDS} seeds of each and {MOST_QUESTIONS} times the questions would not find {verdict.margin:g} "
-        f"points among {verdict.cells} configurations{assumed}: compare fewer, or take a larger margin."
+        f"points among {verdict.cells} configurations{guess}: compare fewer, or take a larger margin."
     )
 
 
