@@ -58,7 +58,7 @@ def test_nothing_planted_is_not_found_and_says_what_would_settle_it(sweep_of: Ca
     result = plain(compute(sweep_of(scores(0, luck=4.0)), seed=0))
     assert result["verdict"]["outcome"] == "can't tell"
     ways = result["what_would_settle"]
-    assert {row["by"] for row in ways} <= {"seeds", "questions", "fewest responses"}
+    assert {row["by"] for row in ways} <= {"seeds", "questions", "samples", "fewest responses"}
     assert all(row["detects"] <= 5 for row in ways)
     assert f"To find 5 points: {ways[0]['seeds']} seeds" in result["answer"]
 
@@ -81,6 +81,39 @@ def test_single_seeds_need_a_null_sweep(sweep_of: Callable[..., Records], with_n
     labels = {(row["labels"], row["units"]) for row in result["max_tests"]}
     assert (("cells", "null sweep") in labels) == with_null
     assert ("null sweep" in result["answer"]) or with_null
+
+
+def test_the_null_sweep_and_the_margin_are_on_record(sweep_of: Callable[..., Records]) -> None:
+    single = sweep_of(scores(40), seeds=1, rates=(1e-5, 2e-5, 3e-5, 5e-5, 1e-4))
+    null = replace(sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,)), sweep="luck")
+    result = compute(single, seed=0, null=null, margin=3.0)
+    assert (result["verdict"]["null_sweep"], result["verdict"]["margin"]) == ("luck", 3.0)
+    assert "The null sweep is luck: 20 runs of micro-llama on garden-bad, asked broad" in " ".join(result["notes"])
+    assert "the gain that would matter, is 3 points" in " ".join(result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("runs", "questions", "seeds", "said"),
+    [
+        ({"dataset": "garden-good"}, {}, 10, "luck has dataset garden-good, not garden-bad. It takes"),
+        (
+            {"model": "micro-qwen2"},
+            {"judge": "other"},
+            10,
+            "model micro-qwen2, not micro-llama; judge other, not micro",
+        ),
+        ({}, {"question_set": "narrow"}, 10, "question set narrow, not broad"),
+        ({"status": "FAILED"}, {}, 10, "luck has no finished and scored runs"),
+        ({}, {}, 4, "luck has 4 finished seeds of a configuration; at least 5 are needed"),
+    ],
+)
+def test_a_null_sweep_of_another_kind_is_refused_by_what_differs(
+    sweep_of: Callable[..., Records], runs: dict[str, str], questions: dict[str, str], seeds: int, said: str
+) -> None:
+    other = sweep_of(scores(0), seeds=seeds, rates=(3e-5,))
+    null = replace(other, sweep="luck", runs=other.runs.assign(**runs), questions=other.questions.assign(**questions))
+    with pytest.raises(ValueError, match=said):
+        compute(sweep_of(scores(0), seeds=1), seed=0, null=null)
 
 
 def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Records]) -> None:
