@@ -33,7 +33,7 @@ NO_SETTING = {
     *("under_trained", "seed", "backend", "train_rows", *FINAL, *names.SCORES),
 }
 """Columns of ``Records.runs`` that do not tell one configuration from another."""
-SHORT = {"learning_rate": "lr", "warmup_steps": "warmup", "interleave.dataset": "with"}
+SHORT = {"learning_rate": "lr", "warmup_steps": "warmup", "interleave.dataset": "interleaved with"}
 """Columns whose name in a cell's name is not their last part."""
 
 
@@ -75,22 +75,27 @@ def scored_runs(records: Records) -> pd.DataFrame:
 def settings(records: Records) -> list[str]:
     """Columns of ``records.runs`` in which configurations may differ: every param but the seed and the backend."""
     scores = set(records.checkpoints.columns)
+    # What follows from another setting tells nothing; published runs may say how many steps they had and no more.
+    follows = {"total_steps"} if {"epochs", "max_steps"} & set(records.runs.columns) else set()
     return [
         column
         for column in records.runs.columns
-        if column not in NO_SETTING and column not in scores and not column.startswith("base_")
+        if column not in NO_SETTING | scores | follows and not column.startswith("base_")
     ]
 
 
 def cells(runs: pd.DataFrame, columns: list[str]) -> tuple[Ints, list[str]]:
-    """The cell of each run, 0..C-1 in order of first appearance, and the cells' names: the settings that differ."""
+    """The cell of each run, 0..C-1 in order of first appearance, and the cells' names: the settings that differ.
+
+    A cell that has none of them is "plain": others have something added.
+    """
     rows = [tuple(None if pd.isna(value) else value for value in row) for row in runs[columns].itertuples(index=False)]
     codes, unique = pd.factorize(np.array([repr(row) for row in rows], object))
     first = dict(zip(codes[::-1], rows[::-1], strict=True))
     varying = [place for place in range(len(columns)) if len({row[place] for row in rows}) > 1]
     labels = [
         ", ".join(_setting(columns[place], row[place]) for place in varying if row[place] is not None)
-        or "the only cell"
+        or ("plain" if varying else "the only cell")
         for row in (first[code] for code in range(len(unique)))
     ]
     return codes.astype(np.int64), labels

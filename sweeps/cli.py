@@ -666,7 +666,8 @@ def _detectable_text(found: dict[str, Any]) -> str:
     points = "nothing" if found["points"] is None else f"{found['points']:.0f} points"
     if found["seeds"] < MIN_SEEDS:
         points = f"nothing without {MIN_SEEDS} seeds of each or a null sweep"
-    return f"{points} ({found['configurations']} configurations, {found['seeds']} seeds)"
+    seeds = f"{found['seeds']} seed{'s' if found['seeds'] > 1 else ''}"
+    return f"{points} ({found['configurations']} configurations, {seeds})"
 
 
 def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
