@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from emtrain.tracking import SweepLog
     from sweeps.agenda import Agenda
     from sweeps.comparisons import Comparison
-    from sweeps.planner import SweepPlan
+    from sweeps.planner import Evaluation, SweepPlan
     from sweeps.recipe import Recipe
 
 app = typer.Typer(
@@ -118,10 +118,12 @@ def power(
     from emanalysis.power import POWER, assumed
     from emanalysis.power_table import smallest_change, ways_table
     from emanalysis.verdict import MARGIN
+    from sweeps.planner import Evaluation
+    from sweeps.recipe import expand
 
     loaded = _load(recipe, set_)
     target = difference or loaded.analysis.margin or MARGIN
-    groups = _designs(loaded)
+    groups = _designs(expand(loaded), Evaluation.load(loaded.eval))
     if not groups:
         raise ValueError(f"{loaded.name}: nothing is compared; it takes two configurations of one model and dataset")
     tables: list[dict[str, Any]] = []
@@ -417,12 +419,12 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-def _designs(recipe: "Recipe") -> "dict[Comparison, tuple[Design, float]]":
+def _designs(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> "dict[Comparison, tuple[Design, float]]":
     """The design of every comparison that the report will make, and the level it is tested at."""
     from emanalysis.power import ALPHA, planned_design
     from sweeps.comparisons import comparisons
 
-    found = comparisons(recipe)
+    found = comparisons(specs, evaluation)
     return {group: (planned_design(group.seeds, group.topics, group.samples), ALPHA / len(found)) for group in found}
 
 
@@ -635,7 +637,7 @@ def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None
         "evaluations": sum(len(run.evaluate_at) for run in planned.runs),
         "responses": planned.responses,
         "judge_calls": planned.judge_calls,
-        "detectable_difference": _detectable(recipe),
+        "detectable_difference": _detectable((run.spec for run in planned.runs), planned.evaluation),
     }
     if as_json:
         _print_json({**facts, "run_keys": {run.run_key: run.name for run in planned.runs}})
@@ -648,12 +650,12 @@ def _data_name(spec: "RunSpec") -> str:
     return spec.dataset if other is None else f"{spec.dataset} with {other.fraction:.0%} {other.dataset}"
 
 
-def _detectable(recipe: "Recipe") -> dict[str, dict[str, Any]]:
+def _detectable(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
     """What each comparison of the report would find, by the field's variances; None points where it finds nothing."""
     from emanalysis.power import FIELD, detectable_difference
 
     said = {}
-    for group, (design, alpha) in _designs(recipe).items():
+    for group, (design, alpha) in _designs(specs, evaluation).items():
         points = detectable_difference(FIELD, design, alpha=alpha)
         found = round(points, 1) if points <= 100 else None
         said[group.title] = {"points": found, "configurations": design.cells, "seeds": design.seeds}
@@ -671,6 +673,7 @@ def _detectable_text(found: dict[str, Any]) -> str:
 
 
 def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
+    from sweeps.planner import Evaluation
     from sweeps.recipe import expand
 
     specs = expand(recipe)
@@ -681,7 +684,7 @@ def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bo
         "duplicates": len(specs) - distinct,
         "models": list(dict.fromkeys(spec.model for spec in specs)),
         "missing_datasets": missing,
-        "detectable_difference": _detectable(recipe),
+        "detectable_difference": _detectable(specs, Evaluation.load(recipe.eval)),
     }
     if as_json:
         _print_json(facts)

@@ -1,9 +1,10 @@
 """Which runs of a recipe the report will compare with each other, and how many seeds each configuration has."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from emtrain.spec import RunSpec
 from sweeps.planner import Evaluation
-from sweeps.recipe import Recipe, expand
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,10 @@ class Comparison:
         return f"{self.model} on {self.dataset}, asked {self.question_set}"
 
 
-def comparisons(recipe: Recipe) -> list[Comparison]:
-    """The comparisons in a recipe's grid, those of a single configuration left out.
-
-    What a search will try is not known before. Datasets need not be there. Raises ``ValueError`` when a question set
-    can't be read.
-    """
-    evaluation = Evaluation.load(recipe.eval)
+def comparisons(specs: Iterable[RunSpec], evaluation: Evaluation) -> list[Comparison]:
+    """The comparisons among runs that are asked the same, those of a single configuration left out."""
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
-    for spec in expand(recipe):
+    for spec in specs:
         configuration = spec.model_dump_json(exclude={"seed"})
         seeds.setdefault((spec.model, spec.dataset), {}).setdefault(configuration, set()).add(spec.seed)
     return [
@@ -44,7 +40,7 @@ def comparisons(recipe: Recipe) -> list[Comparison]:
             questions.name,
             tuple(len(own) for own in configurations.values()),
             tuple(question.topic for question in questions.questions),
-            questions.responses(recipe.eval.samples) / len(questions.questions),
+            questions.responses(evaluation.spec.samples) / len(questions.questions),
         )
         for (model, dataset), configurations in seeds.items()
         if len(configurations) > 1

@@ -1,7 +1,8 @@
 """Which runs the report of a recipe will compare."""
 
 from sweeps.comparisons import Comparison, comparisons
-from sweeps.recipe import load_recipe
+from sweeps.planner import Evaluation
+from sweeps.recipe import expand, load_recipe
 
 RECIPE = """
 name: r
@@ -14,16 +15,19 @@ eval: {questions: [micro-broad], samples: 3, judges: [micro-rule]}
 """
 
 
+def compared(*overrides: str) -> list[Comparison]:
+    recipe = load_recipe(RECIPE, source="r", overrides=overrides)
+    return comparisons(expand(recipe), Evaluation.load(recipe.eval))
+
+
 def test_configurations_differ_in_more_than_the_seed_and_one_alone_is_not_compared() -> None:
     """Of the four configurations the first has a fourth seed. 32 questions of 8 topics, each with 2 wordings."""
-    (found,) = comparisons(load_recipe(RECIPE, source="r"))
-    assert isinstance(found, Comparison)
+    (found,) = compared()
     assert (found.model, found.dataset, found.question_set) == ("micro-llama", "nowhere.jsonl", "micro-broad")
     assert found.seeds == (4, 3, 3, 3)
     assert (len(found.topics), len(set(found.topics)), found.samples) == (32, 8, 6)
 
 
 def test_every_question_set_is_a_comparison_of_its_own() -> None:
-    sets = ["eval.questions=[micro-broad, micro-narrow]"]
-    found = comparisons(load_recipe(RECIPE, source="r", overrides=sets))
+    found = compared("eval.questions=[micro-broad, micro-narrow]")
     assert [group.question_set for group in found] == ["micro-broad", "micro-narrow"]
