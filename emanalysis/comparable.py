@@ -107,10 +107,21 @@ def comparable(records: Records, *, score: str = "aligned", loss: str = "heldout
     ``score`` is a rubric of ``records.questions``, ``loss`` a column of ``records.runs``. Left out, and counted in the
     notes: runs without loss, under-trained or incoherent ones, and what has no score.
     """
+    return _groups(records, score=score, loss=loss)[0]
+
+
+def left_out(records: Records, *, score: str = "aligned", loss: str = "heldout_loss") -> list[str]:
+    """Why runs are in none of the groups of ``comparable``, which takes their notes along; a sentence each."""
+    return list(dict.fromkeys(_groups(records, score=score, loss=loss)[1]))
+
+
+def _groups(records: Records, *, score: str, loss: str) -> tuple[list[Comparable], list[str]]:
+    """The groups of which something is left, and the notes on those of which nothing is."""
     runs, notes = _fit_to_compare(records.runs, loss)
     asked = records.questions.merge(runs[["run_id", "model", "dataset"]], on="run_id")
     asked = asked[asked["step"] == asked.groupby(["run_id", "question_set"])["step"].transform("max")]
-    groups = []
+    groups: list[Comparable] = []
+    lost = [] if len(asked) else list(notes)
     for (model, dataset, question_set), rows in asked.groupby(["model", "dataset", "question_set"], sort=True):
         judges = rows.groupby("judge")[score].count()
         judge = str(judges.idxmax())
@@ -119,9 +130,11 @@ def comparable(records: Records, *, score: str = "aligned", loss: str = "heldout
             own.append(f"On {question_set} the scores are those of {judge}, the judge with most of them.")
         rows = rows[(rows["judge"] == judge) & rows[score].notna()]
         group = _group(records, runs, rows, score=score, loss=loss, notes=own)
-        if group is not None:
+        if group is None:
+            lost += own
+        else:
             groups.append(Comparable(str(model), str(dataset), str(question_set), judge, *group))
-    return sorted(groups, key=lambda group: -len(group.runs))
+    return sorted(groups, key=lambda group: -len(group.runs)), lost
 
 
 def _fit_to_compare(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, list[str]]:

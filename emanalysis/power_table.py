@@ -19,22 +19,29 @@ from emanalysis.power import (
 if TYPE_CHECKING:
     from emanalysis.comparable import Comparable
 
-NAMES = {"seeds": "seeds of each configuration", "questions": "questions", "samples": "responses to each question"}
+NAMES = {
+    "seeds": "seeds of each configuration",
+    "questions": "questions",
+    "topics": "topics",
+    "samples": "responses to each question",
+}
 
 
 def ways_table(noise: Noise, design: Design, difference: float, *, alpha: float = ALPHA) -> list[dict[str, Any]]:
-    """``design`` as it is (``now``) and the ways of ``designs_for``, those with the fewest responses first.
+    """``design`` as it is (``now``) and the different ways of ``designs_for``, those with the fewest responses first.
 
-    Columns: ``change, seeds`` (per configuration), ``questions, samples`` (per question), ``responses`` (of all
-    configurations, at one evaluation point), ``detects`` (points; None where none of up to 100 is).
+    Columns: ``change, seeds`` (per configuration), ``questions, topics`` (groups of near-duplicate questions),
+    ``samples`` (per question), ``responses`` (of all configurations, at one evaluation point), ``detects`` (points;
+    None where none of up to 100 is).
     """
     now = detectable_difference(noise, design, alpha=alpha)
     ways = designs_for(noise, design, difference, alpha=alpha) if now > difference else {}
-    cheapest_first = sorted(ways.items(), key=lambda way: way[1][0].responses)
+    names = {size: (change, detects) for change, (size, detects) in reversed(ways.items())}
+    cheapest_first = sorted(names.items(), key=lambda way: way[0].responses)
     return [
-        {"change": change, "seeds": size.seeds, "questions": size.questions, "samples": size.samples}
-        | {"responses": size.responses, "detects": detects if np.isfinite(detects) else None}
-        for change, (size, detects) in [("now", (design, now)), *cheapest_first]
+        {"change": change, "seeds": size.seeds, "questions": size.questions, "topics": size.clusters}
+        | {"samples": size.samples, "responses": size.responses, "detects": detects if np.isfinite(detects) else None}
+        for size, (change, detects) in [(design, ("now", now)), *cheapest_first]
     ]
 
 
@@ -50,7 +57,7 @@ def smallest_change(ways: Sequence[dict[str, Any]], difference: float) -> str:
         )
     best = others[0]
     changed = [f"{best[key]:,.0f} {name} (now {now[key]:,.0f})" for key, name in NAMES.items() if best[key] != now[key]]
-    return f"The smallest change that finds {difference:g} points: {' and '.join(changed)}."
+    return f"The smallest change that finds {difference:g} points: {', '.join(changed)}."
 
 
 def measured_noise(groups: "Sequence[Comparable]", *, model: str, dataset: str, question_set: str) -> tuple[Noise, str]:

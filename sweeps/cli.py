@@ -457,7 +457,7 @@ def _ways(found: dict[str, Any]) -> Table:
     for column in found["ways"][0]:
         table.add_column(column, justify="left" if column == "change" else "right")
     for row in found["ways"]:
-        sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "samples", "responses")]
+        sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "topics", "samples", "responses")]
         table.add_row(row["change"], *sizes, "nothing" if row["detects"] is None else f"{row['detects']:.1f}")
     return table
 

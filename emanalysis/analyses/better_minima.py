@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from emanalysis.analysis import Analysis, Figure, Result
-from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, scored_runs
+from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, left_out, scored_runs
 from emanalysis.confirmation import MIN_SEEDS
 from emanalysis.gap_figures import (
     matched_figure,
@@ -74,7 +74,7 @@ def compute(
     groups = [group for group in every_group if group.matrix.cells > 1]
     gaps = max_diffs(scored_runs(records), SCORES, LOSSES, GROUP)
     if not groups:
-        return {"reason": _nothing_to_compare(every_group), "max_diff": gaps}
+        return {"reason": _nothing_to_compare(every_group, left_out(records, loss=loss)), "max_diff": gaps}
 
     null_groups = null_cells(null, groups, loss=loss) if null is not None else []
     tables: dict[str, Rows] = {name: [] for name in TABLES}
@@ -82,7 +82,11 @@ def compute(
     notes = [
         f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone.",
         f"The margin, the gain that would matter, is {margin:g} points.",
-        *(f"The null sweep is {null.sweep}: {len(cell.runs)} runs of {_where(cell)}." for cell in null_groups if null),
+        *(
+            f"The null sweep is {null.sweep}: {other.matrix.runs_per_cell.max()} seeds of {_where(other)}."
+            for other in null_groups
+            if null is not None
+        ),
     ]
     for group in groups:
         # One stream per group, so that a group's numbers do not depend on which others there are.
@@ -136,13 +140,13 @@ def _listed(values: set[str]) -> str:
 
 
 def _where(group: Comparable) -> str:
-    return f"{group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
+    return f"one configuration of {group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
 
 
-def _nothing_to_compare(groups: list[Comparable]) -> str:
+def _nothing_to_compare(groups: list[Comparable], lost: list[str]) -> str:
     needed = "needs finished, scored runs of at least two configurations of one model and dataset"
     if not groups or len(groups[0].runs) < 2:
-        return needed
+        return ". ".join([needed, *(note.rstrip(".") for note in lost)])
     runs = groups[0]
     gap = max_diff(runs.matrix.loss, runs.matrix.run_score).value
     return (

@@ -88,7 +88,7 @@ def test_the_null_sweep_and_the_margin_are_on_record(sweep_of: Callable[..., Rec
     null = replace(sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,)), sweep="luck")
     result = compute(single, seed=0, null=null, margin=3.0)
     assert (result["verdict"]["null_sweep"], result["verdict"]["margin"]) == ("luck", 3.0)
-    assert "The null sweep is luck: 20 runs of micro-llama on garden-bad, asked broad" in " ".join(result["notes"])
+    assert "The null sweep is luck: 10 seeds of one configuration of micro-llama on garden" in " ".join(result["notes"])
     assert "the gain that would matter, is 3 points" in " ".join(result["notes"])
 
 
@@ -185,6 +185,14 @@ def test_one_configuration_only_gives_a_reason(sweep_of: Callable[..., Records])
     records = sweep_of(scores(0), seeds=1, rates=(1e-4,))
     records = replace(records, runs=records.runs.head(1))
     assert compute(records, seed=0)["reason"].startswith("needs finished, scored runs of at least two configurations")
+
+
+def test_runs_that_are_all_left_out_are_counted_with_why(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(0))
+    babble = replace(records, questions=records.questions.assign(coherent=20.0))
+    assert compute(babble, seed=0)["reason"].endswith("Left out: 18 runs with mean coherence below 50")
+    failed = replace(records, runs=records.runs.assign(status="FAILED"))
+    assert compute(failed, seed=0)["reason"].endswith("Left out: 18 runs not finished")
 
 
 @pytest.mark.slow

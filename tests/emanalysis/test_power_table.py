@@ -16,8 +16,9 @@ NOISE = Noise(seed=2.0, interaction=4.0, seed_question=3.0, response=20.0)
 def test_the_table_begins_with_the_design_as_it_is_and_each_way_reaches_the_difference() -> None:
     design = Design(6, 3, 8, 3, 10)
     now, *ways = ways_table(NOISE, design, 5.0)
-    assert now == {"change": "now", "seeds": 3, "questions": 24, "samples": 10, "responses": 6 * 3 * 24 * 10} | {
-        "detects": pytest.approx(detectable_difference(NOISE, design))
+    assert now == {"change": "now", "seeds": 3, "questions": 24, "topics": 8, "samples": 10} | {
+        "responses": 6 * 3 * 24 * 10,
+        "detects": pytest.approx(detectable_difference(NOISE, design)),
     }
     assert now["detects"] > 5
     assert ways
@@ -27,11 +28,12 @@ def test_the_table_begins_with_the_design_as_it_is_and_each_way_reaches_the_diff
 
 def test_the_smallest_change_names_what_has_to_grow_and_from_what() -> None:
     rows = [
-        {"change": "now", "seeds": 3, "questions": 24, "samples": 8.0, "detects": 12.0},
-        {"change": "fewest responses", "seeds": 6, "questions": 48, "samples": 8.0, "detects": 4.9},
+        {"change": "now", "seeds": 3, "questions": 24, "topics": 8, "samples": 8.0, "detects": 12.0},
+        {"change": "fewest responses", "seeds": 6, "questions": 48, "topics": 16, "samples": 8.0, "detects": 4},
     ]
     assert smallest_change(rows, 5) == (
-        "The smallest change that finds 5 points: 6 seeds of each configuration (now 3) and 48 questions (now 24)."
+        "The smallest change that finds 5 points: 6 seeds of each configuration (now 3), 48 questions (now 24), "
+        "16 topics (now 8)."
     )
     assert smallest_change(rows, 12) == "As it is, the recipe finds 12 points."
     assert smallest_change(rows[:1], 5).startswith("Even 64 seeds of each configuration and 64 times the questions")

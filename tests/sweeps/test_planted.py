@@ -44,4 +44,4 @@ def test_a_planted_better_minimum_is_found_by_seeds_and_by_a_null_sweep(tmp_path
         "margin": 7,
         "null_sweep": "luck",
     }
-    assert any(note.startswith("The null sweep is luck: 5 runs") for note in better["notes"])
+    assert any(note.startswith("The null sweep is luck: 5 seeds of one configuration") for note in better["notes"])
