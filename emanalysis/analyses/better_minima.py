@@ -91,7 +91,8 @@ def compute(
     for group in groups:
         # One stream per group, so that a group's numbers do not depend on which others there are.
         rng = np.random.default_rng([seed, zlib.crc32(repr(group.key).encode())])
-        luck, unused = _luck(group, null_groups, rng)
+        # A stream of its own, so that a null sweep the verdict has no use for does not change it.
+        luck, unused = _luck(group, null_groups, rng.spawn(1)[0])
         verdict = decide(group.matrix, rng=rng, null=luck, margin=margin, alpha=ALPHA / len(groups))
         verdicts.append(verdict)
         notes += group.notes + unused

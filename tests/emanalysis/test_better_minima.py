@@ -92,6 +92,21 @@ def test_the_null_sweep_and_the_margin_are_on_record(sweep_of: Callable[..., Rec
     assert "the gain that would matter, is 3 points" in " ".join(result["notes"])
 
 
+def test_a_null_sweep_does_not_change_a_verdict_that_needs_none(sweep_of: Callable[..., Records]) -> None:
+    several, null = sweep_of(scores(5), seeds=4), sweep_of(scores(0, seed=1), seeds=8, rates=(3e-5,))
+    alone, beside = (compute(several, seed=0, null=other) for other in (None, null))
+    assert plain(alone["verdicts"]) == plain(beside["verdicts"])
+    assert len(beside["max_tests"]) == len(alone["max_tests"]) + 1
+
+
+def test_runs_of_one_schedule_are_coloured_by_what_else_differs(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(5), rates=(1e-5, 3e-5))
+    linear = replace(records, runs=records.runs[records.runs["schedule"] == "linear"])
+    for swept, expected in ((records, {"linear", "cosine_restarts"}), (linear, {"lr 1e-05", "lr 3e-05"})):
+        plane, *_ = better_minima.figures(plain(compute(swept, seed=0)))
+        assert {trace.name for trace in plane.plot.data} - {"Pareto front"} == expected
+
+
 @pytest.mark.parametrize(
     ("runs", "questions", "seeds", "said"),
     [
