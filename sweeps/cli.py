@@ -125,7 +125,9 @@ def power(
     target = difference or loaded.analysis.margin or MARGIN
     groups = _designs(expand(loaded), Evaluation.load(loaded.eval))
     if not groups:
-        raise ValueError(f"{loaded.name}: nothing is compared; it takes two configurations of one model and dataset")
+        raise ValueError(
+            f"{loaded.name}: nothing is compared in its grid; it takes two configurations of one model and dataset"
+        )
     tables: list[dict[str, Any]] = []
     for (group, (design, alpha)), (noise, source) in zip(
         groups.items(), _noises(list(groups), from_, uri), strict=True
@@ -695,7 +697,7 @@ def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bo
 
 def _print_facts(facts: dict[str, Any]) -> None:
     detectable = {compared: _detectable_text(found) for compared, found in facts["detectable_difference"].items()}
-    facts = {**facts, "detectable_difference": detectable or "nothing is compared"}
+    facts = {**facts, "detectable_difference": detectable or "nothing is compared in the grid"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         shown = value

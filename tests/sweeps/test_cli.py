@@ -259,7 +259,7 @@ def test_power_says_what_a_smaller_difference_takes(emsweep: Emsweep) -> None:
 
 
 def test_power_needs_something_to_compare_and_a_sweep_that_is_there(emsweep: Emsweep) -> None:
-    refused(emsweep("power", "tiny.yaml"), "tiny: nothing is compared; it takes two configurations")
+    refused(emsweep("power", "tiny.yaml"), "tiny: nothing is compared in its grid; it takes two configurations")
     refused(emsweep("power", "tiny.yaml", "--set", COMPARED, "--from", "gone"), "there is no sweep 'gone'")
     assert emsweep("power", "tiny.yaml", "--set", COMPARED, "--difference", "0").returncode == 2
 
