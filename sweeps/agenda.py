@@ -66,7 +66,7 @@ class Agenda:
             yield from self._give(run, "grid")
         if self.search is None:
             return
-        if any("baseline" in (b.at_most, b.at_least) for b in self.search.spec.constraints.values()):
+        if any(bound.of_baseline for bound in self.search.spec.constraints.values()):
             yield from self._wait()
         while not self.search.over:
             proposal = self.search.propose()
@@ -112,14 +112,13 @@ class Agenda:
         return plan_run(spec, evaluation, name=run_names([self.recipe.base, spec])[1])
 
     def _confirmation(self) -> list[PlannedRun]:
-        """The winners and the grid's best cell, with new seeds and new questions."""
+        """The winners and the cells they are measured against, with new seeds and new questions."""
         assert self.search is not None
         confirm, evaluation = self.search.spec.confirm, confirmation(self.recipe)
         if confirm is None or evaluation is None:
             return []
         specs = [changed(self.recipe.base, changes) for changes in self.search.winners(confirm.winners)]
-        if (best := self._best_cell()) is not None:
-            specs.append(best)
+        specs += self._baseline_cells()
         return [
             self._planned(spec.model_copy(update={"seed": seed}), evaluation)
             for spec in dict.fromkeys(specs)
@@ -135,14 +134,19 @@ class Agenda:
                 cells.setdefault(run.spec.model_copy(update={"seed": 0}), []).append(end.metrics)
         return cells
 
-    def _best_cell(self) -> RunSpec | None:
-        """The cell of the grid that is best in the search's last objective; None without a finished grid."""
+    def _baseline_cells(self) -> list[RunSpec]:
+        """The cells of the grid that the winners are measured against: those that the baselines of the constraints come
+        from; without such constraints the best one in the search's last objective. None without a finished grid."""
         assert self.search is not None
-        metric, direction = list(self.search.spec.objectives.items())[-1]
-        means = {cell: statistics.fmean(r[metric] for r in runs) for cell, runs in self._cells().items()}
-        if not means:
-            return None
-        return (min if direction == "minimize" else max)(means, key=lambda cell: means[cell])
+        spec = self.search.spec
+        wanted = [(metric, bound.at_most is None) for metric, bound in spec.constraints.items() if bound.of_baseline]
+        metric, direction = list(spec.objectives.items())[-1]
+        cells = self._cells()
+        return [
+            (max if largest else min)(cells, key=lambda cell: statistics.fmean(r[metric] for r in cells[cell]))
+            for metric, largest in wanted or [(metric, direction == "maximize")]
+            if cells
+        ]
 
     def bounds(self) -> "Bounds":
         """The feasible range of each constrained metric, the grid's figures put in.

@@ -81,16 +81,32 @@ def _explained() -> Iterator[None]:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show what a recipe would do: runs, steps, tokens, judge calls. Starts nothing."""
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Of training, all devices together; default: as measured here.")
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=IN,OUT", help="Of a judge, in dollars per million tokens; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a recipe would take: runs, tokens, time, memory, disk, judge calls, dollars. Starts nothing."""
+    from sweeps.judge_cost import read_price
+    from sweeps.outlook import Outlook
     from sweeps.planner import missing_datasets, plan_sweep
 
     loaded = _load(recipe, set_)
-    missing = missing_datasets(loaded)
-    if missing:
-        _show_plan_without_data(loaded, missing, as_json=as_json)
+    prices = dict(read_price(text) for text in price or ())
+    planned = None if missing_datasets(loaded) else plan_sweep(loaded)
+    facts = Outlook(loaded, planned, tokens_per_second, prices).facts()
+    if as_json:
+        keys = {"run_keys": {run.run_key: run.name for run in planned.runs}} if planned else {}
+        _print_json({**facts, **keys})
     else:
-        _show_plan(loaded, plan_sweep(loaded), as_json=as_json)
+        _print_plan(facts)
 
 
 @app.command()
@@ -503,65 +519,40 @@ def _ui_command(uri: str | None) -> str:
     return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
 
 
-def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None:
-    steps = sum(run.total_steps for run in planned.runs)
-    facts: dict[str, Any] = {
-        "sweep": recipe.name,
-        "runs": len(planned.runs),
-        "duplicates": planned.duplicates,
-        "models": list(dict.fromkeys(run.spec.model for run in planned.runs)),
-        "datasets": {
-            run.spec.dataset: {"train_rows": run.dataset.train_rows, "heldout_rows": run.dataset.heldout_rows}
-            for run in planned.runs
-        },
-        "steps": steps,
-        "rows_trained_on": sum(run.total_steps * run.spec.batch_size for run in planned.runs),
-        "evaluations": sum(len(run.evaluate_at) for run in planned.runs),
-        "responses": planned.responses,
-        "judge_calls": planned.judge_calls,
-    }
-    if as_json:
-        _print_json({**facts, "run_keys": {run.run_key: run.name for run in planned.runs}})
-        return
-    _print_facts(facts)
-
-
-def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
-    from sweeps.recipe import expand
-
-    specs = expand(recipe)
-    distinct = len({spec.model_dump_json() for spec in specs})
-    facts: dict[str, Any] = {
-        "sweep": recipe.name,
-        "runs": distinct,
-        "duplicates": len(specs) - distinct,
-        "models": list(dict.fromkeys(spec.model for spec in specs)),
-        "missing_datasets": missing,
-    }
-    if as_json:
-        _print_json(facts)
-        return
-    _print_facts(facts)
-    out.print("[yellow]note:[/] steps and judge calls are known once the missing files are there", highlight=False)
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_plan(facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
-        shown = value
-        if isinstance(value, dict):
-            shown = "\n".join(f"{name}: {_compact(inner)}" for name, inner in value.items())
-        elif isinstance(value, list):
-            shown = ", ".join(value)
-        elif isinstance(value, int):
-            shown = f"{value:,}"
-        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", literal(str(shown)))
+        if key in {"unknown", "assumptions"} or (key == "duplicates" and not value):
+            continue
+        shown = f"unknown: {facts['unknown'][key]}" if key in facts["unknown"] and not value else _measure(key, value)
+        name = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+        name = f"{name} time" if key.endswith("_seconds") else name
+        table.add_row(f"[dim]{name}[/]", literal(shown))
+        if key in facts["unknown"] and value:
+            table.add_row("", literal(f"unknown for {facts['unknown'][key]}"))
     out.print(table)
+    for line in facts["assumptions"]:
+        out.print(f"[dim]-[/] {literal(line)}", highlight=False)
 
 
-def _compact(value: Any) -> str:
+def _measure(key: str, value: Any) -> str:
+    """A figure as people read it; its unit is in its key."""
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        return "\n".join(f"{name}: {_measure(key, inner)}" for name, inner in value.items())
     if isinstance(value, dict):
-        return ", ".join(f"{inner:,} {name.replace('_', ' ')}" for name, inner in value.items())
+        return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
+    if key.endswith("_seconds"):
+        from sweeps.progress import duration
+
+        return f"about {duration(value)}"
+    if key == "dollars":
+        return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,12 @@ class Evaluation:
     question_sets: tuple[QuestionSet, ...]
     responses: int
     """Sampled each time a run is evaluated."""
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a run's scores depend on, as JSON."""
+        questions = {question_set.name: question_set.sha256 for question_set in self.question_sets}
+        return {"eval": self.spec.identity, "questions": questions}
 
     @classmethod
     def load(cls, spec: EvalSpec) -> "Evaluation":
@@ -109,18 +114,6 @@ class SweepPlan:
     """Combinations of the grid that stand for a run already in the list."""
     evaluation: Evaluation
 
-    @property
-    def responses(self) -> int:
-        """Sampled responses of the whole sweep, those of the base models included."""
-        models = {run.spec.model for run in self.runs}
-        return self.evaluation.responses * (sum(len(run.evaluate_at) for run in self.runs) + len(models))
-
-    @property
-    def judge_calls(self) -> dict[str, int]:
-        """Scores asked of the judges of each name."""
-        named = Counter(judge.name for judge in self.evaluation.spec.judges)
-        return {name: count * self.responses * RUBRICS for name, count in named.items()}
-
 
 def plan_sweep(recipe: Recipe) -> SweepPlan:
     """The runs of a recipe's grid, each once.
@@ -156,9 +149,8 @@ def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str
     """Identity of a run: the same key, the same numbers. Resources and tracking have no part in it."""
     identity = {
         "run": spec.model_dump(mode="json"),
-        "eval": evaluation.spec.model_dump(mode="json"),
         "dataset": dataset.sha256,
-        "questions": {questions.name: questions.sha256 for questions in evaluation.question_sets},
+        **evaluation.identity,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
@@ -168,7 +160,7 @@ def run_names(specs: Sequence[RunSpec]) -> list[str]:
     """A name for each run, made of the leaves in which the runs differ; the model's name when they don't."""
     leaves = [flatten(spec) for spec in specs]
     keys = list(dict.fromkeys(key for leaf in leaves for key in leaf))
-    varying = [key for key in keys if len({json.dumps(leaf.get(key)) for leaf in leaves}) > 1]
+    varying = [key for key in keys if len({repr(leaf.get(key)) for leaf in leaves}) > 1]
     return [" ".join(_label(key, leaf[key]) for key in varying if key in leaf) or leaf["model"] for leaf in leaves]
 
 

@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps import cluster
+from sweeps import cluster, throughput
 from sweeps.agenda import Agenda
 from sweeps.engine import Backend, Engine, prepare_model
 from sweeps.lease import Job
@@ -111,6 +111,18 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             ),
         )
         tuner.fit()
+    _keep_throughput(fleet, agenda.recipe.name)
+
+
+def _keep_throughput(fleet: Any, sweep: str) -> None:
+    try:
+        worked: list[dict[str, throughput.Work]] = ray.get(fleet.worked.remote())
+    except ray.exceptions.RayError:
+        return  # an engine was lost at the very end; the next sweep measures again
+    for model in {model for works in worked for model in works}:
+        measured = throughput.measure([works[model] for works in worked if model in works], sweep=sweep)
+        if measured is not None:
+            throughput.keep(model, measured)
 
 
 def _here() -> dict[str, float]:

@@ -218,6 +218,22 @@ def test_winners_and_the_best_cell_are_confirmed_with_fresh_seeds_and_questions(
     assert {s.name for s in jobs[0].run.evaluation.question_sets} == {"micro-broad"}
 
 
+def test_winners_are_measured_against_the_cell_that_their_constraint_comes_from(store: Store, studies: Studies) -> None:
+    """The loss is lowest at the grid's 1e-3, so that is the baseline, though 1e-4 is better aligned."""
+    search = {
+        **SEARCH,
+        "objectives": {ALIGNED: "maximize"},
+        "constraints": {LOSS: {"at_most": "baseline"}},
+        "confirm": {"winners": 1, "seeds": [10]},
+        "space": {"optimizer.learning_rate": {"low": 1e-3, "high": 1e-2}},
+    }
+    driver = Driver(store, studies, search=search)
+    jobs = driver.run()
+    confirmed = [job.run.spec.optimizer.learning_rate for job in jobs[-2:]]
+    assert driver.roles[-2:] == ["confirm"] * 2
+    assert confirmed == [min(job.run.spec.optimizer.learning_rate for job in jobs[4:10]), 1e-3]
+
+
 def test_a_baseline_is_what_the_best_cell_of_the_grid_reaches(store: Store, studies: Studies) -> None:
     """Losses of the cells are -1e-4 and -1e-3, scores 99.9 and 99: at most -1e-3, at least 99.9."""
     constraints = {LOSS: {"at_most": "baseline"}, ALIGNED: {"at_least": "baseline"}}
