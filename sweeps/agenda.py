@@ -40,6 +40,10 @@ class Agenda:
         self.recipe, self.plan, self.sweep, self.search = recipe, plan, sweep, search
         self.environment = environment_tags()
         self.known = sweep.runs()
+        for found in self.known.values():
+            # Its process is gone: nobody else runs the sweep. It may not be among what this recipe asks for.
+            if found.info.status == "RUNNING":
+                sweep.set_status(found.info.run_id, "KILLED")
         self.ends: dict[str, Ended] = {}
         """Run key -> end, of every run that is over."""
         self.out: dict[str, Job] = {}

@@ -24,6 +24,8 @@ Metrics = Mapping[str, float]
 Bounds = Mapping[str, tuple[float, float]]
 """Metric -> lowest and highest feasible value."""
 
+ASKED = "asked"
+"""Study attribute: space and objectives, JSON."""
 CHANGES = "changes"
 """Trial attribute: what to change in the base run, JSON."""
 SPREAD = "spread"
@@ -74,11 +76,26 @@ class Search:
             directions=list(spec.objectives.values()),
             load_if_exists=True,
         )
+        self._check_it_is_the_same_search()
         # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
         self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
         self.open: dict[int, OpenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._take_up(trial)
+
+    def _check_it_is_the_same_search(self) -> None:
+        """Trials of another space or with other objectives mean nothing to this one's sampler."""
+        now = self.spec.model_dump(mode="json", include={"space", "objectives"})
+        begun = self.study.user_attrs.get(ASKED)
+        if begun is None:
+            self.study.set_user_attr(ASKED, json.dumps(now))
+            return
+        for key, value in json.loads(begun).items():
+            if value != now[key]:
+                raise ValueError(
+                    f"search.{key}: the study of the sweep {self.study.study_name!r} was begun with another one "
+                    f"({json.dumps(value)}); give the sweep another name, and what is known under search.warm_start"
+                )
 
     def _take_up(self, trial: optuna.trial.FrozenTrial) -> None:
         """Go on with a trial that a former process left running."""

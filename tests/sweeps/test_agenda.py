@@ -46,6 +46,9 @@ class Store:
         self.entered[run_key] = found(run_key, "SCHEDULED")
         return f"id of {run_key}"
 
+    def set_status(self, run_id: str, status: str) -> None:
+        self.entered[run_id.removeprefix("id of ")].info.status = status
+
     def finish(self, job: Job, status: str, metrics: Mapping[str, float], **tags: str) -> None:
         self.entered[job.run.run_key] = found(job.run.run_key, status, metrics, tags)
 
@@ -141,6 +144,17 @@ def test_a_sweep_that_begins_again_does_what_is_not_finished_in_the_same_runs(
     assert len(store.entered) == 4
     assert again.agenda.finished_before == 2
     assert Driver(store, studies).run() == []
+
+
+def test_a_run_whose_process_is_gone_does_not_stay_running_when_the_recipe_asks_for_it_no_more(
+    store: Store, studies: Studies
+) -> None:
+    first = Driver(store, studies).run()
+    store.finish(first[0], "RUNNING", {})
+    store.finish(first[1], "RUNNING", {})
+    Driver(store, studies, grid={"optimizer.learning_rate": [1e-4], "seed": [1]}).run()
+    statuses = [store.entered[job.run.run_key].info.status for job in first]
+    assert statuses == ["KILLED", "FINISHED", "FINISHED", "FINISHED"]
 
 
 def test_a_run_that_was_stopped_early_is_over(store: Store, studies: Studies) -> None:

@@ -114,8 +114,8 @@ def test_parameters_are_those_of_the_models_to_a_thousandth(model_type: str) -> 
 @pytest.mark.parametrize("itemsize", [4, 2])
 def test_memory_is_what_the_engine_really_holds(itemsize: int) -> None:
     """A model of random weights takes a step in the packed engine. What a run holds is the size of its row of the
-    table, gradient, copy and optimiser state. What autograd keeps for the backward pass is counted by its own hook and
-    is half of the estimate, which leaves as much for what is in work; here it must lie between a third and the whole."""
+    table, gradient, copy and optimiser state. What autograd keeps for the backward pass is counted by its own hook; the
+    estimate leaves as much again for what is in work, so here it must lie between a third and the whole of it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

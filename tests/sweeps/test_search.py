@@ -138,6 +138,33 @@ def test_a_trial_that_was_asked_for_and_never_written_down_is_lost_and_not_count
     assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 4]
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"objectives": {LOSS: "minimize", ALIGNED: "maximize"}}, "objectives"),
+        ({"space": {"schedule": ["linear", "cosine"]}}, "space"),
+    ],
+)
+def test_a_study_goes_on_with_its_own_space_and_objectives_only(changes: dict[str, Any], key: str) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    make_search(make_spec(), storage=storage)
+    make_search(make_spec(trials=9, sampler="random"), storage=storage)
+    with pytest.raises(ValueError, match=rf"search\.{key}: the study of the sweep 'study' was begun with another one"):
+        make_search(make_spec(**changes), storage=storage)
+
+
+def test_a_study_opens_by_the_sweeps_name_with_what_its_trials_were(tmp_path: Path) -> None:
+    """As optuna-dashboard opens it: by the address of its database alone."""
+    address = f"sqlite:///{tmp_path}/optuna.db"
+    search = make_search(make_spec(trials=2), storage=optuna.storages.RDBStorage(address))
+    proposals = run_all(search, loss)
+    (name,) = optuna.get_all_study_names(address)
+    opened = optuna.load_study(study_name=name, storage=address)
+    assert name == "study"
+    assert [t.params["optimizer.learning_rate"] for t in opened.trials] == [t.value for t in opened.trials]
+    assert [t.value for t in opened.trials] == [p.spec.optimizer.learning_rate for p in proposals]
+
+
 def test_the_same_seed_of_the_sampler_proposes_the_same_points() -> None:
     def points(seed: int) -> list[RunSpec]:
         return [p.spec for p in run_all(make_search(make_spec(sampler={"name": "tpe", "seed": seed})), loss)]
