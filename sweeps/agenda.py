@@ -51,6 +51,7 @@ class Agenda:
         self.proposals: dict[str, list[Proposal]] = {}
         self.finished_before = 0
         self.over = False
+        self._bounds: Bounds | None = None
         self._stages = self._walk()
 
     def next(self) -> Job | None:
@@ -158,10 +159,13 @@ class Agenda:
         Raises ``ValueError`` when a bound is the baseline and no run of the grid has finished.
         """
         assert self.search is not None
+        if self._bounds is not None:
+            return self._bounds
         found = {}
         for metric, bound in self.search.spec.constraints.items():
             lowest = self._bound(metric, bound.at_least, max, -math.inf)
             found[metric] = (lowest, self._bound(metric, bound.at_most, min, math.inf))
+        self._bounds = found  # asked for by every trial, and the grid is over
         return found
 
     def _bound(self, metric: str, limit: Any, best: Any, none: float) -> float:

@@ -36,7 +36,7 @@ SPREAD = "spread"
 class OpenTrial:
     """A trial whose runs are not all over."""
 
-    number: int
+    handle: optuna.Trial
     changes: dict[str, Any]
     waiting: list[int]
     """Seeds whose runs have not been given out."""
@@ -79,6 +79,8 @@ class Search:
         self._check_it_is_the_same_search()
         # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
         self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
+        self.proposed = sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+        """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
         self.open: dict[int, OpenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._take_up(trial)
@@ -101,7 +103,8 @@ class Search:
         """Go on with a trial that a former process left running."""
         if CHANGES in trial.user_attrs:
             changes = json.loads(trial.user_attrs[CHANGES])
-            self.open[trial.number] = OpenTrial(trial.number, changes, list(self.spec.seeds))
+            handle = optuna.Trial(self.study, trial._trial_id)
+            self.open[trial.number] = OpenTrial(handle, changes, list(self.spec.seeds))
         else:
             # It died between asking and writing down what it got; its parameters are in no run.
             self.study.tell(trial.number, state=TrialState.FAIL)
@@ -131,11 +134,6 @@ class Search:
         return added
 
     @property
-    def proposed(self) -> int:
-        """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
-        return sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
-
-    @property
     def over(self) -> bool:
         """No run is to be proposed any more, and all that were are over."""
         return not self.open and self.proposed >= self.spec.trials
@@ -149,9 +147,10 @@ class Search:
             asked = self.study.ask()
             changes = draw(self.spec.space, asked)
             asked.set_user_attr(CHANGES, json.dumps(changes))
-            trial = self.open[asked.number] = OpenTrial(asked.number, changes, list(self.spec.seeds))
+            self.proposed += 1
+            trial = self.open[asked.number] = OpenTrial(asked, changes, list(self.spec.seeds))
         seed = trial.waiting.pop(0)
-        return Proposal(trial.number, changed(self.base, {**trial.changes, "seed": seed}))
+        return Proposal(trial.handle.number, changed(self.base, {**trial.changes, "seed": seed}))
 
     def ended(self, proposal: Proposal, metrics: Metrics | None, *, stopped_early: bool = False) -> None:
         """A proposed run is over. ``metrics`` are those of its end; None when it failed."""
@@ -163,26 +162,21 @@ class Search:
         else:
             trial.results[seed] = metrics
         if len(trial.results) + len(trial.lost) == len(self.spec.seeds):
-            self._tell(self.open.pop(trial.number))
+            self._tell(self.open.pop(proposal.trial))
 
     def _tell(self, trial: OpenTrial) -> None:
         if trial.lost:
             state = TrialState.FAIL if TrialState.FAIL in trial.lost.values() else TrialState.PRUNED
-            self.study.tell(trial.number, state=state)
+            self.study.tell(trial.handle, state=state)
             return
-        handle = self._handle(trial.number)
         if len(trial.results) > 1:
             spread = {m: statistics.stdev(r[m] for r in trial.results.values()) for m in self.spec.objectives}
-            handle.set_user_attr(SPREAD, json.dumps(spread))
+            trial.handle.set_user_attr(SPREAD, json.dumps(spread))
         for metric, (lowest, highest) in self.bounds().items():
             mean = statistics.fmean(result[metric] for result in trial.results.values())
-            handle.set_constraint(metric, max(lowest - mean, mean - highest))
+            trial.handle.set_constraint(metric, max(lowest - mean, mean - highest))
         means = [statistics.fmean(r[metric] for r in trial.results.values()) for metric in self.spec.objectives]
-        self.study.tell(trial.number, means)
-
-    def _handle(self, number: int) -> optuna.Trial:
-        frozen = self.study.get_trials(deepcopy=False)[number]
-        return optuna.Trial(self.study, frozen._trial_id)
+        self.study.tell(trial.handle, means)
 
     def winners(self, count: int) -> list[dict[str, Any]]:
         """The changes of the best feasible trials, at most ``count``: of one objective the best first; of several the

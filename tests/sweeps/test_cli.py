@@ -1,6 +1,7 @@
 """The ``emsweep`` command as its users meet it, in a directory of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,6 +224,14 @@ def test_a_study_can_be_planned_without_its_data_a_gpu_or_a_key(emsweep: Emsweep
     assert process.returncode == 0
     assert planned["missing_datasets"] == ["data/bad_medical_advice.jsonl"]
     assert planned["runs"] == 3 * 3 * 5
+
+
+def test_a_plan_says_what_its_figures_rest_on_and_what_is_not_known(emsweep: Emsweep) -> None:
+    shown = emsweep("plan", "qwen-medical", "--price", "gpt-4o-2024-08-06=1000,0").stdout
+    assert re.search(r"tokens +unknown: data/bad_medical_advice.jsonl is not there yet", shown)
+    assert re.search(r"judge calls +130,560 openai", shown)
+    assert "- dollars: at most, with every response 600 tokens long" in shown
+    refused(emsweep("plan", "tiny.yaml", "--price", "gpt-4o"), "--price gpt-4o: expected MODEL=INPUT,OUTPUT")
 
 
 def test_what_is_set_on_the_command_line_is_planned(emsweep: Emsweep) -> None:
