@@ -1,11 +1,12 @@
 """Does a sampler find better runs than chance? Hypervolume of the front of held-out loss and alignment, seed by seed.
 
-    python benchmarks/search.py [--sampler tpe] [--trials 40] [--seeds 10] [--save]
+    python benchmarks/search.py [--sampler tpe] [--trials 40] [--seeds 10] [--cache FILE] [--save]
 
 Every trial is a run really trained on the micro world (micro-llama, wrong gardening answers; 30 steps of 8 rows, LoRA
 of rank 8) and really judged (64 answers on topics it never saw, exact judge). The space is that of the recipe
 ``better-minimum``. Studies of all seeds go forward together, one trial of each at a time, through the package's own
-search and packed engine; a run that two studies ask for is trained once, so what both begin with at random is shared.
+search and packed engine; a run that two studies ask for is trained once, so what both begin with at random is shared,
+and so is what FILE remembers of former calls.
 
 Hypervolume is what the front dominates of the box between the base model's loss, alignment 0 and loss 0, alignment 100,
 in points of alignment times nats. Its greater part is common to all fronts, so ``gain`` also gives the difference in
@@ -50,27 +51,35 @@ COLUMNS = ["seed", "random", "sampler", "gain %"]
 class World:
     """Trains and judges runs, each once."""
 
-    def __init__(self, base: RunSpec) -> None:
+    def __init__(self, base: RunSpec, cache: Path | None) -> None:
+        self.cache = cache
         self.model, self.tokenizer = load_model(base.model), load_tokenizer(base.model)
         train, heldout = split(load_dataset(base.dataset).rows, base.heldout_fraction)
         self.data = TrainingData(*(encode_rows(rows, self.tokenizer, base.max_length) for rows in (train, heldout)))
         self.questions, self.judge = load_question_set("micro-broad"), micro_rule()
         self.base_loss = heldout_loss(self.model, self.data.heldout).per_token
-        self.known: dict[RunSpec, Metrics | None] = {}
+        lines = cache.read_text().splitlines() if cache and cache.exists() else []
+        self.known: dict[str, Metrics | None] = dict(json.loads(line) for line in lines)
+        self.trained = 0
 
     def metrics(self, specs: list[RunSpec]) -> list[Metrics | None]:
         """What each run ends with; None for one that diverged."""
-        new = [spec for spec in dict.fromkeys(specs) if spec not in self.known]
+        names_ = [spec.model_dump_json() for spec in specs]
+        new = {name: spec for name, spec in zip(names_, specs, strict=True) if name not in self.known}
         with Engine(self.model, capacity=max(1, len(new))) as engine:
-            runs = {engine.join(spec, self.data, total_steps=STEPS): spec for spec in new}
+            runs = {engine.join(spec, self.data, total_steps=STEPS): name for name, spec in new.items()}
             for _ in range(STEPS):
                 for run, outcome in engine.step().items():
                     if isinstance(outcome, NonFiniteLoss):
                         self.known[runs.pop(run)] = None
-            for run, spec in runs.items():
+            for run, name in runs.items():
                 with engine.acting_as(run) as model:
-                    self.known[spec] = self._evaluate(model, spec)
-        return [self.known[spec] for spec in specs]
+                    self.known[name] = self._evaluate(model, run.spec)
+        self.trained += len(new)
+        if self.cache:
+            with self.cache.open("a") as kept:
+                kept.writelines(json.dumps([name, self.known[name]]) + "\n" for name in new)
+        return [self.known[name] for name in names_]
 
     def _evaluate(self, model: Any, spec: RunSpec) -> Metrics:
         seed = derive(spec.seed, "sample", STEPS)
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="tpe", help="a name, or JSON with arguments")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--cache", type=Path)
     parser.add_argument("--save", action="store_true", help="keep the table as results/DATE-search.txt")
     asked = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -119,7 +129,7 @@ def main() -> None:
         }
     )
     sampler = json.loads(asked.sampler) if asked.sampler.startswith("{") else {"name": asked.sampler}
-    world = World(base)
+    world = World(base, asked.cache)
     began = time.process_time()
     studies = {
         (arm, seed): search(base, spec, {"name": "random"} if arm == "random" else sampler, seed)
@@ -143,7 +153,7 @@ def main() -> None:
     assert linear is not None
     left = world.base_loss * 100 - hypervolume([(linear[LOSS], linear[ALIGNED])], world.base_loss)
     lines = [
-        f"{json.dumps(sampler)} against random, {asked.trials} trials each; {len(world.known)} runs trained in "
+        f"{json.dumps(sampler)} against random, {asked.trials} trials each; {world.trained} runs trained in "
         f"{time.process_time() - began:.0f} CPU seconds; base loss {world.base_loss:.3f}",
         "  ".join(f"{column:>10}" for column in COLUMNS),
     ]

@@ -9,6 +9,9 @@ from typing import Any
 
 from emtrain.cache import cache_dir
 
+LEAST_SECONDS = 3.0
+"""Of training and of sampling; in less an engine has hardly warmed up."""
+
 
 @dataclass
 class Work:
@@ -48,8 +51,9 @@ class Throughput:
 
 
 def measure(works: Iterable[Work], *, sweep: str) -> Throughput | None:
-    """The throughput of engines side by side, from the work of each; None where none has both trained and sampled."""
-    whole = [work for work in works if work.tokens and work.responses]
+    """The throughput of engines side by side, from the work of each; None where none has both trained and
+    sampled for long enough."""
+    whole = [work for work in works if min(work.training_seconds, work.sampling_seconds) >= LEAST_SECONDS]
     if not whole:
         return None
     return Throughput(
