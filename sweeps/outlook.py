@@ -23,8 +23,8 @@ from sweeps.planner import RUBRICS, Evaluation, SweepPlan, confirmation, dataset
 from sweeps.recipe import Recipe, expand
 
 RESPONSE_BYTES, STEP_BYTES = 40, 1500
-"""Of a judged response in ``responses.parquet`` beside its text (41 with the text of a micro model), and of a step's four
-metrics in SQLite, indexes included (measured on a sweep of 87 runs)."""
+"""Of a judged response in ``responses.parquet`` beside its text, and of a step's four metrics in SQLite, indexes
+included; measured on a sweep of 87 runs."""
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
