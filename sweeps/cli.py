@@ -399,6 +399,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     """Run what is left of a sweep; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
+    from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
     from sweeps.record import Setting
     from sweeps.store import alone, data_directory
@@ -423,7 +424,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         from sweeps import runner
 
         out.print("preparing models and starting workers ...")
-        board = Board.of(left, already_done=already)
+        expected = sum(most_runs(recipe, len(planned.runs)).values())
+        board = Board.of(left, already_done=already, expected=expected)
         models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
         try:
             with Display(out, board) as display:
@@ -435,6 +437,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
                 highlight=False,
             )
             raise typer.Exit(130) from None
+        board.expected = 0  # trials that wanted the same run were fewer runs
         failed = board.count("FAILED")
         sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
         ended = f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else "")

@@ -19,7 +19,7 @@ from emtrain.train import evaluation_steps
 from sweeps import judge_cost, throughput
 from sweeps.estimate import BYTES_PER_TOKEN, FP32, TEMPLATE_TOKENS, ModelShape, memory, state_bytes, text_tokens
 from sweeps.judge_cost import Price
-from sweeps.planner import RUBRICS, Evaluation, SweepPlan, confirmation, dataset_facts
+from sweeps.planner import RUBRICS, Evaluation, SweepPlan, confirmation, dataset_facts, most_runs
 from sweeps.recipe import Recipe, expand
 
 RESPONSE_BYTES, STEP_BYTES = 40, 1500
@@ -80,9 +80,7 @@ class Outlook:
     def facts(self) -> dict[str, Any]:
         """Everything, by name; the unit is in the name where it is no count."""
         recipe, kinds = self.recipe, self.kinds
-        roles = Counter({kind.role: 0 for kind in kinds})
-        for kind in kinds:
-            roles[kind.role] += kind.runs
+        runs = most_runs(recipe, len(self.specs))
         if recipe.search is not None:
             self.assumptions.append("a run of the search is taken to have the base run's size")
         if recipe.stopping is not None:
@@ -91,8 +89,8 @@ class Outlook:
         responses = self._responses()
         return {
             "sweep": recipe.name,
-            "runs": roles.total(),
-            **({"of_these": dict(roles)} if recipe.search else {}),
+            "runs": sum(runs.values()),
+            **({"of_these": runs} if recipe.search else {}),
             "duplicates": self.plan.duplicates if self.plan else len(expand(recipe)) - len(self.specs),
             "models": self.models,
             **({"datasets": datasets} if (datasets := self._datasets()) else {}),
@@ -284,15 +282,8 @@ def _kinds(recipe: Recipe, specs: list[RunSpec]) -> list[Kind]:
         )  # fmt: skip
         known = found.get(cost) or _kind("grid", spec, recipe)
         found[cost] = replace(known, runs=known.runs + 1)
-    kinds = list(found.values())
-    if recipe.search is not None:
-        search = _kind("search", recipe.base, recipe)
-        kinds.append(replace(search, runs=recipe.search.trials * len(recipe.search.seeds)))
-        if (confirm := recipe.search.confirm) is not None:
-            baselines = sum(bound.of_baseline for bound in recipe.search.constraints.values())
-            cells = confirm.winners + (max(1, baselines) if specs else 0)
-            kinds.append(replace(search, role="confirm", runs=cells * len(confirm.seeds)))
-    return kinds
+    searched = {role: runs for role, runs in most_runs(recipe, len(specs)).items() if role != "grid"}
+    return [*found.values(), *(replace(_kind(role, recipe.base, recipe), runs=n) for role, n in searched.items())]
 
 
 def _kind(role: str, spec: RunSpec, recipe: Recipe) -> Kind:

@@ -139,6 +139,17 @@ def confirmation(recipe: Recipe) -> Evaluation | None:
     return Evaluation.load(recipe.eval.model_copy(update={"questions": asked}))
 
 
+def most_runs(recipe: Recipe, grid: int) -> dict[str, int]:
+    """Runs of a sweep by role, at most: two trials of a search may want the same run. ``grid``: runs of its grid."""
+    runs = {"grid": grid} if grid else {}
+    if (search := recipe.search) is not None:
+        runs["search"] = search.trials * len(search.seeds)
+        if search.confirm is not None:
+            baselines = max(1, sum(bound.of_baseline for bound in search.constraints.values()))
+            runs["confirm"] = (search.confirm.winners + (baselines if grid else 0)) * len(search.confirm.seeds)
+    return runs
+
+
 def missing_datasets(recipe: Recipe) -> list[str]:
     """Datasets of a recipe whose files are not there (yet)."""
     datasets = dict.fromkeys(spec.dataset for spec in expand(recipe))
