@@ -113,12 +113,12 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             ),
         )
         tuner.fit()
-    _keep_throughput(fleet, agenda.recipe.name)
+    _keep_throughput(host, agenda.recipe.name)
 
 
-def _keep_throughput(fleet: Any, sweep: str) -> None:
+def _keep_throughput(host: Any, sweep: str) -> None:
     try:
-        worked: list[dict[str, throughput.Work]] = ray.get(fleet.worked.remote())
+        worked: list[dict[str, throughput.Work]] = ray.get(host.worked.remote())
     except ray.exceptions.RayError:
         return  # an engine was lost at the very end; the next sweep measures again
     for model in {model for works in worked for model in works}:
