@@ -15,6 +15,7 @@ percent of what the linear schedule at the recipe's learning rate leaves to be g
 
 import argparse
 import json
+import logging
 import os
 import time
 from datetime import date
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the table as results/DATE-search.txt")
     asked = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
 
     recipe = load_recipe(recipe_path("better-minimum").read_text(), source="better-minimum")
