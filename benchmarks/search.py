@@ -1,6 +1,6 @@
 """Does a sampler find better runs than chance? Hypervolume of the front of held-out loss and alignment, seed by seed.
 
-    python benchmarks/search.py [--sampler tpe] [--trials 40] [--seeds 10] [--cache FILE] [--save]
+    python benchmarks/search.py [--sampler tpe] [--trials 32] [--seeds 10] [--cache FILE] [--save]
 
 Every trial is a run really trained on the micro world (micro-llama, wrong gardening answers; 30 steps of 8 rows, LoRA
 of rank 8) and really judged (64 answers on topics it never saw, exact judge). The space is that of the recipe
@@ -109,7 +109,7 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sampler", default="tpe", help="a name, or JSON with arguments")
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--save", action="store_true", help="keep the table as results/DATE-search.txt")

@@ -480,17 +480,28 @@ def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Pat
     if recipe.search is not None:
         import optuna
 
+        from emtrain import names
         from emtrain.spec import RunSpec
         from emtrain.tracking import SweepLog
         from sweeps.search import Search
 
+        others = [SweepLog.find(other, uri=sweep.uri) for other in recipe.search.warm_start]
+        same_questions = {names.QUESTIONS_SHA256: planned.evaluation.questions_tag}
+
+        def warm_start() -> "list[tuple[RunSpec, dict[str, float]]]":
+            finished = [run for other in others for run in other.finished(same_questions)]
+            return [(RunSpec.model_validate(spec), metrics) for spec, metrics in finished]
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.RDBStorage(f"sqlite:///{data / 'optuna.db'}")
-        search = Search(recipe.search, recipe.base, name=recipe.name, storage=storage, bounds=agenda.bounds)
-        for other in recipe.search.warm_start:
-            finished = SweepLog.find(other, uri=sweep.uri).finished()
-            search.learn([(RunSpec.model_validate(spec), metrics) for spec, metrics in finished])
-        agenda.search = search
+        agenda.search = Search(
+            recipe.search,
+            recipe.base,
+            name=recipe.name,
+            storage=storage,
+            bounds=agenda.bounds,
+            warm_start=warm_start,
+        )
     return agenda
 
 

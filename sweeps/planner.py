@@ -53,6 +53,11 @@ class Evaluation:
         questions = {question_set.name: question_set.sha256 for question_set in self.question_sets}
         return {"eval": self.spec.identity, "questions": questions}
 
+    @property
+    def questions_tag(self) -> str:
+        """The question sets by name and digest, as runs are tagged with them."""
+        return " ".join(f"{question_set.name}:{question_set.sha256}" for question_set in self.question_sets)
+
     @classmethod
     def load(cls, spec: EvalSpec) -> "Evaluation":
         """Read the question sets. Raises ``ValueError`` when one can't be read or leaves open how often to ask."""
@@ -85,7 +90,7 @@ class PlannedRun:
         return {
             names.DATASET_SHA256: self.dataset.sha256,
             names.HELDOUT_SHA256: self.dataset.heldout_sha256,
-            names.QUESTIONS_SHA256: " ".join(f"{s.name}:{s.sha256}" for s in self.evaluation.question_sets),
+            names.QUESTIONS_SHA256: self.evaluation.questions_tag,
         }
 
 

@@ -101,7 +101,8 @@ class SearchSpec(Spec):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Replicates of every trial; its value is their mean."""
     warm_start: tuple[str, ...] = ()
-    """Sweeps on the same MLflow store whose finished runs the study begins with."""
+    """Sweeps on the same MLflow store whose finished runs the study begins with: those that are the base run but for
+    the space, and were asked the same questions."""
     confirm: ConfirmSpec | None = None
 
     @model_validator(mode="after")

@@ -225,27 +225,55 @@ def test_the_winners_of_two_objectives_are_the_pareto_front_the_best_in_the_last
 
 
 def test_a_search_begins_with_what_other_sweeps_found() -> None:
-    """Runs in the space count, seeds averaged; those outside or without the metric do not, nor as proposals."""
+    """Runs that are the base run but for the space count, seeds averaged. Those outside, without the metric, or that
+    differ in anything else do not, nor are any proposals."""
 
-    def run(rate: float, seed: int, schedule: Any = "linear") -> RunSpec:
-        return RunSpec.model_validate(
-            {**BASE.model_dump(), "optimizer": {"learning_rate": rate}, "schedule": schedule, "seed": seed}
-        )
+    def run(rate: float, seed: int, **changes: Any) -> RunSpec:
+        content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": rate}, **changes}
+        spec = RunSpec.model_validate({**content, "seed": seed})
+        return RunSpec.model_validate_json(spec.model_dump_json())  # as it comes back from MLflow
 
-    search = make_search(make_spec(space={"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}))
     found = [
         (run(1e-3, 0), {LOSS: 1.0}),
         (run(1e-3, 1), {LOSS: 3.0}),
         (run(5e-3, 0), {LOSS: 0.5}),
         (run(0.5, 0), {LOSS: 0.1}),
         (run(2e-3, 0), {"train/loss": 0.1}),
+        (run(3e-3, 0, schedule="cosine"), {LOSS: 0.1}),
+        (run(3e-3, 0, max_steps=99), {LOSS: 0.1}),
+        (run(3e-3, 0, dataset="micro-garden-good"), {LOSS: 0.1}),
     ]
-    assert search.learn(found) == 2
-    assert [(t.params["optimizer.learning_rate"], t.value) for t in search.study.trials] == [(1e-3, 2.0), (5e-3, 0.5)]
-    assert search.proposed == 0
-    assert len(run_all(search, loss)) == 4
-    assert search.learn(found) == 0
+    space = {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    storage = optuna.storages.InMemoryStorage()
+    search = make_search(make_spec(space=space), storage=storage, warm_start=lambda: found)
+    proposals = run_all(search, loss)
+    learnt = [(t.params["optimizer.learning_rate"], t.value) for t in search.study.trials[:2]]
+    assert learnt == [(1e-3, 2.0), (5e-3, 0.5)]
+    assert len(proposals) == search.proposed == 4
+    assert len(search.study.trials) == 6
     assert search.winners(1)[0]["optimizer.learning_rate"] != 5e-3  # a winner is a trial of this search
+
+    def never() -> Any:
+        raise AssertionError("a study that has begun asked again")
+
+    assert len(run_all(make_search(make_spec(space=space, trials=5), storage=storage, warm_start=never), loss)) == 1
+
+
+def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
+    """A loss of at most 1 is asked for; 3 is 2 too much."""
+    content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": 1e-3}}
+    run = RunSpec.model_validate(content)
+    spec = make_spec(
+        space={"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2}},
+        objectives={ALIGNED: "maximize"},
+        constraints={LOSS: {"at_most": 1.0}},
+    )
+    search = make_search(
+        spec, bounds=lambda: {LOSS: (-float("inf"), 1.0)}, warm_start=lambda: [(run, {LOSS: 3.0, ALIGNED: 90.0})]
+    )
+    search.propose()
+    assert search.study.trials[0].constraints == {LOSS: 2.0}
+    assert search.study.trials[0].value == 90.0
 
 
 @pytest.mark.parametrize(
