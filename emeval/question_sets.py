@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +77,7 @@ class QuestionSet:
     name: str
     questions: tuple[Question, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hex digest of the questions' content; comments and layout of the file have no part in it."""
         content = [question.model_dump(mode="json") for question in self.questions]

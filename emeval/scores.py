@@ -7,6 +7,10 @@ from typing import Protocol
 
 from emeval.rubric import Rubric
 
+NO_PART_IN_SCORES = "no part in scores"
+"""Marks a judge's parameter (``Annotated[int, NO_PART_IN_SCORES]``) that says how the judge is asked and not what it
+answers, such as a number of requests at once. It has no part in a run's identity."""
+
 
 class Failure(StrEnum):
     """Why there is no score. Every kind is counted; none is a number."""

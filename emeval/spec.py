@@ -1,7 +1,7 @@
 """How runs are evaluated, as data. Nothing here imports torch."""
 
 from pathlib import Path
-from typing import Annotated, Self, get_type_hints
+from typing import Annotated, Any, Self, get_type_hints
 
 from pydantic import (
     Field,
@@ -10,7 +10,7 @@ from pydantic import (
 )
 
 from emeval.question_sets import question_set_path
-from emeval.scores import Judge
+from emeval.scores import NO_PART_IN_SCORES, Judge
 from emtrain.lookup import lookup
 from emtrain.spec import Part, Spec
 
@@ -26,6 +26,16 @@ class JudgeSpec(Part):
         self._check_arguments(lookup("emeval.judges", self.name), given=(CACHE,))
         return self
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on: its name and its arguments, but for those that only say how it is asked."""
+        hints = get_type_hints(lookup("emeval.judges", self.name), include_extras=True)
+        return {
+            key: value
+            for key, value in self.model_dump(mode="json").items()
+            if NO_PART_IN_SCORES not in getattr(hints.get(key), "__metadata__", ())
+        }
+
     def build(self, *, cache: Path) -> Judge:
         """The judge. ``cache`` is the file in which judges that pay for their replies keep them."""
         function = lookup("emeval.judges", self.name)
@@ -35,7 +45,8 @@ class JudgeSpec(Part):
 
 
 class EvalSpec(Spec):
-    """What is asked of a model, when, and who judges the answers. Every field changes the numbers."""
+    """What is asked of a model, when, and who judges the answers. Every field changes the numbers, but for how a judge
+    is asked (``identity``)."""
 
     questions: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of question sets in ``emeval/questions``, or paths of ``.yaml`` files."""
@@ -51,6 +62,11 @@ class EvalSpec(Spec):
     """Of sampling, 0 is greedy; None takes the ``temperature`` of each question, 1 where it has none."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the most likely tokens that together have this probability."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run's numbers depend on, as JSON."""
+        return {**self.model_dump(mode="json"), "judges": [judge.identity for judge in self.judges]}
 
     @field_validator("at")
     @classmethod

@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,6 +20,23 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "emsweep"
 
 
+class NotBuilt(Exception):
+    """The cache has no such directory, and nothing is to be built now."""
+
+
+_building = ContextVar("building", default=True)
+
+
+@contextmanager
+def without_building() -> Iterator[None]:
+    """Inside the block ``built`` raises ``NotBuilt`` where it would have to build."""
+    token = _building.set(False)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
 def built(directory: Path, build: Callable[[Path], None]) -> Path:
     """``directory``, filled by ``build`` unless it exists.
 
@@ -27,6 +46,8 @@ def built(directory: Path, build: Callable[[Path], None]) -> Path:
     """
     if directory.is_dir():
         return directory
+    if not _building.get():
+        raise NotBuilt(directory.name)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_name(f"{directory.name}.lock")):
         if not directory.is_dir():

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from emtrain.cache import NotBuilt, without_building
 from emtrain.lookup import lookup, names, unknown
 from emtrain.model_family import ModelFamily
 
@@ -77,6 +78,24 @@ def model_dir(name: str) -> str:
         return str(make())
     path = Path(name).expanduser()
     return str(path) if path.is_dir() else name
+
+
+def files_at_hand(name: str) -> Path | None:
+    """The directory with the model's configuration and tokenizer where it is on this machine already, else None.
+
+    Builds and fetches nothing. Of hub ids it finds what the hub's own cache holds.
+    """
+    try:
+        with without_building():
+            directory = Path(model_dir(name))
+    except NotBuilt:
+        return None
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

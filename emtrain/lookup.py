@@ -8,6 +8,7 @@ Adding a part is adding a file; there is no list to edit.
 import difflib
 import importlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def names(package: str) -> list[str]:
     return sorted(stem.replace("_", "-") if _hyphenated(package) else stem for stem in stems if stem != "__init__")
 
 
+@cache  # a grid of 5,000 runs asks 15,000 times, and each would read the folder
 def lookup(package: str, name: str) -> Any:
     """The object called ``name`` in the module called ``name`` of ``package``.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,6 +67,7 @@ def dataset_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.jsonl"))
 
 
+@cache
 def dataset_path(dataset: str) -> Path:
     """The file of a dataset given by name or path. Raises ``ValueError`` for an unknown name; a path may not exist."""
     if dataset.endswith(".jsonl"):

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Collection
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -55,11 +56,7 @@ def checked_arguments(
     ``ValueError`` for an argument that the function does not take, one that it needs and is not there, and a value that
     does not fit.
     """
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in given
-    }
+    parameters = {name: parameter for name, parameter in _keyword_only(function).items() if name not in given}
     if unknown := sorted(set(arguments) - set(parameters)):
         takes = sorted({*parameters, *beside})
         raise ValueError(
@@ -72,11 +69,22 @@ def checked_arguments(
     checked = {}
     for name, value in arguments.items():
         try:
-            checked[name] = TypeAdapter(parameters[name].annotation).validate_python(value)
+            checked[name] = _adapter(function, name).validate_python(value)
         except ValidationError as error:
             separator = "" if explain(error)[0].startswith("[") else ": "
             raise ValueError(f"{name}{separator}{explain(error)[0]}") from error
     return checked
+
+
+@cache
+def _keyword_only(function: Any) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {name: each for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@cache
+def _adapter(function: Any, parameter: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_keyword_only(function)[parameter].annotation)
 
 
 class AdapterSpec(Spec):

@@ -161,11 +161,12 @@ class SweepLog:
             if not token:
                 return found
 
-    def finished(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """Specification and last metrics of every finished run that has a specification."""
+    def finished(self, tags: Mapping[str, str]) -> list[tuple[dict[str, Any], dict[str, float]]]:
+        """Specification and last metrics of every finished run that has a specification and these ``tags``."""
         found = []
         for run in self.runs().values():
-            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in run.data.tags:
+            known = run.data.tags
+            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in known and tags.items() <= known.items():
                 spec = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{names.SPEC}")
                 found.append((spec, run.data.metrics))
         return found

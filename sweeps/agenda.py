@@ -40,6 +40,10 @@ class Agenda:
         self.recipe, self.plan, self.sweep, self.search = recipe, plan, sweep, search
         self.environment = environment_tags()
         self.known = sweep.runs()
+        for found in self.known.values():
+            # Its process is gone: nobody else runs the sweep. It may not be among what this recipe asks for.
+            if found.info.status == "RUNNING":
+                sweep.set_status(found.info.run_id, "KILLED")
         self.ends: dict[str, Ended] = {}
         """Run key -> end, of every run that is over."""
         self.out: dict[str, Job] = {}
@@ -47,6 +51,7 @@ class Agenda:
         self.proposals: dict[str, list[Proposal]] = {}
         self.finished_before = 0
         self.over = False
+        self._bounds: Bounds | None = None
         self._stages = self._walk()
 
     def next(self) -> Job | None:
@@ -66,7 +71,7 @@ class Agenda:
             yield from self._give(run, "grid")
         if self.search is None:
             return
-        if any("baseline" in (b.at_most, b.at_least) for b in self.search.spec.constraints.values()):
+        if any(bound.of_baseline for bound in self.search.spec.constraints.values()):
             yield from self._wait()
         while not self.search.over:
             proposal = self.search.propose()
@@ -112,14 +117,13 @@ class Agenda:
         return plan_run(spec, evaluation, name=run_names([self.recipe.base, spec])[1])
 
     def _confirmation(self) -> list[PlannedRun]:
-        """The winners and the grid's best cell, with new seeds and new questions."""
+        """The winners and the cells they are measured against, with new seeds and new questions."""
         assert self.search is not None
         confirm, evaluation = self.search.spec.confirm, confirmation(self.recipe)
         if confirm is None or evaluation is None:
             return []
         specs = [changed(self.recipe.base, changes) for changes in self.search.winners(confirm.winners)]
-        if (best := self._best_cell()) is not None:
-            specs.append(best)
+        specs += self._baseline_cells()
         return [
             self._planned(spec.model_copy(update={"seed": seed}), evaluation)
             for spec in dict.fromkeys(specs)
@@ -135,14 +139,19 @@ class Agenda:
                 cells.setdefault(run.spec.model_copy(update={"seed": 0}), []).append(end.metrics)
         return cells
 
-    def _best_cell(self) -> RunSpec | None:
-        """The cell of the grid that is best in the search's last objective; None without a finished grid."""
+    def _baseline_cells(self) -> list[RunSpec]:
+        """The cells of the grid that the winners are measured against: those that the baselines of the constraints come
+        from; without such constraints the best one in the search's last objective. None without a finished grid."""
         assert self.search is not None
-        metric, direction = list(self.search.spec.objectives.items())[-1]
-        means = {cell: statistics.fmean(r[metric] for r in runs) for cell, runs in self._cells().items()}
-        if not means:
-            return None
-        return (min if direction == "minimize" else max)(means, key=lambda cell: means[cell])
+        spec = self.search.spec
+        wanted = [(metric, bound.at_most is None) for metric, bound in spec.constraints.items() if bound.of_baseline]
+        metric, direction = list(spec.objectives.items())[-1]
+        cells = self._cells()
+        return [
+            (max if largest else min)(cells, key=lambda cell: statistics.fmean(r[metric] for r in cells[cell]))
+            for metric, largest in wanted or [(metric, direction == "maximize")]
+            if cells
+        ]
 
     def bounds(self) -> "Bounds":
         """The feasible range of each constrained metric, the grid's figures put in.
@@ -150,10 +159,13 @@ class Agenda:
         Raises ``ValueError`` when a bound is the baseline and no run of the grid has finished.
         """
         assert self.search is not None
+        if self._bounds is not None:
+            return self._bounds
         found = {}
         for metric, bound in self.search.spec.constraints.items():
             lowest = self._bound(metric, bound.at_least, max, -math.inf)
             found[metric] = (lowest, self._bound(metric, bound.at_most, min, math.inf))
+        self._bounds = found  # asked for by every trial, and the grid is over
         return found
 
     def _bound(self, metric: str, limit: Any, best: Any, none: float) -> float:

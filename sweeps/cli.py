@@ -85,16 +85,34 @@ def _explained() -> Iterator[None]:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show what a recipe would do: runs, steps, tokens, judge calls. Starts nothing."""
-    from sweeps.planner import missing_datasets, plan_sweep
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Of training, all devices together; default: as measured here.")
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=IN,OUT", help="Of a judge, in dollars per million tokens; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a recipe would take: runs, tokens, time, memory, disk, judge calls, dollars. Starts nothing."""
+    from sweeps.judge_cost import read_price
+    from sweeps.outlook import Outlook
+    from sweeps.planner import Evaluation, missing_datasets, plan_sweep
 
     loaded = _load(recipe, set_)
-    missing = missing_datasets(loaded)
-    if missing:
-        _show_plan_without_data(loaded, missing, as_json=as_json)
+    prices = dict(read_price(text) for text in price or ())
+    planned = None if missing_datasets(loaded) else plan_sweep(loaded)
+    outlook = Outlook(loaded, planned, tokens_per_second, prices)
+    detectable = _detectable(outlook.specs, Evaluation.load(loaded.eval))
+    facts = {**outlook.facts(), "detectable_difference": detectable}
+    if as_json:
+        keys = {"run_keys": {run.run_key: run.name for run in planned.runs}} if planned else {}
+        _print_json({**facts, **keys})
     else:
-        _show_plan(loaded, plan_sweep(loaded), as_json=as_json)
+        _print_plan(facts)
 
 
 @app.command()
@@ -485,6 +503,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     """Run what is left of a sweep; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
+    from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
     from sweeps.record import Setting
     from sweeps.store import alone, data_directory
@@ -511,7 +530,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         from sweeps import runner
 
         out.print("preparing models and starting workers ...")
-        board = Board.of(left, already_done=already)
+        expected = sum(most_runs(recipe, len(planned.runs)).values())
+        board = Board.of(left, already_done=already, expected=expected)
         models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
         try:
             with Display(out, board) as display:
@@ -523,6 +543,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
                 highlight=False,
             )
             raise typer.Exit(130) from None
+        board.expected = 0  # trials that wanted the same run were fewer runs
         failed = board.count("FAILED")
         sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
         ended = f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else "")
@@ -565,17 +586,28 @@ def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Pat
     if recipe.search is not None:
         import optuna
 
+        from emtrain import names
         from emtrain.spec import RunSpec
         from emtrain.tracking import SweepLog
         from sweeps.search import Search
 
+        others = [SweepLog.find(other, uri=sweep.uri) for other in recipe.search.warm_start]
+        same_questions = {names.QUESTIONS_SHA256: planned.evaluation.questions_tag}
+
+        def warm_start() -> "list[tuple[RunSpec, dict[str, float]]]":
+            finished = [run for other in others for run in other.finished(same_questions)]
+            return [(RunSpec.model_validate(spec), metrics) for spec, metrics in finished]
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.RDBStorage(f"sqlite:///{data / 'optuna.db'}")
-        search = Search(recipe.search, recipe.base, name=recipe.name, storage=storage, bounds=agenda.bounds)
-        for other in recipe.search.warm_start:
-            finished = SweepLog.find(other, uri=sweep.uri).finished()
-            search.learn([(RunSpec.model_validate(spec), metrics) for spec, metrics in finished])
-        agenda.search = search
+        agenda.search = Search(
+            recipe.search,
+            recipe.base,
+            name=recipe.name,
+            storage=storage,
+            bounds=agenda.bounds,
+            warm_start=warm_start,
+        )
     return agenda
 
 
@@ -623,35 +655,6 @@ def _ui_command(uri: str | None) -> str:
     return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
 
 
-def _show_plan(recipe: "Recipe", planned: "SweepPlan", *, as_json: bool) -> None:
-    steps = sum(run.total_steps for run in planned.runs)
-    facts: dict[str, Any] = {
-        "sweep": recipe.name,
-        "runs": len(planned.runs),
-        "duplicates": planned.duplicates,
-        "models": list(dict.fromkeys(run.spec.model for run in planned.runs)),
-        "datasets": {
-            _data_name(run.spec): {"train_rows": run.dataset.train_rows, "heldout_rows": run.dataset.heldout_rows}
-            for run in planned.runs
-        },
-        "steps": steps,
-        "rows_trained_on": sum(run.total_steps * run.spec.batch_size for run in planned.runs),
-        "evaluations": sum(len(run.evaluate_at) for run in planned.runs),
-        "responses": planned.responses,
-        "judge_calls": planned.judge_calls,
-        "detectable_difference": _detectable((run.spec for run in planned.runs), planned.evaluation),
-    }
-    if as_json:
-        _print_json({**facts, "run_keys": {run.run_key: run.name for run in planned.runs}})
-        return
-    _print_facts(facts)
-
-
-def _data_name(spec: "RunSpec") -> str:
-    other = spec.interleave
-    return spec.dataset if other is None else f"{spec.dataset} with {other.fraction:.0%} {other.dataset}"
-
-
 def _detectable(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
     """What each comparison of the report would find, by the field's variances; None points where it finds nothing."""
     from emanalysis.power import FIELD, detectable_difference
@@ -674,46 +677,44 @@ def _detectable_text(found: dict[str, Any]) -> str:
     return f"{points} ({found['configurations']} configurations, {seeds})"
 
 
-def _show_plan_without_data(recipe: "Recipe", missing: list[str], *, as_json: bool) -> None:
-    from sweeps.planner import Evaluation
-    from sweeps.recipe import expand
-
-    specs = expand(recipe)
-    distinct = len({spec.model_dump_json() for spec in specs})
-    facts: dict[str, Any] = {
-        "sweep": recipe.name,
-        "runs": distinct,
-        "duplicates": len(specs) - distinct,
-        "models": list(dict.fromkeys(spec.model for spec in specs)),
-        "missing_datasets": missing,
-        "detectable_difference": _detectable(specs, Evaluation.load(recipe.eval)),
-    }
-    if as_json:
-        _print_json(facts)
-        return
-    _print_facts(facts)
-    out.print("[yellow]note:[/] steps and judge calls are known once the missing files are there", highlight=False)
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    detectable = {compared: _detectable_text(found) for compared, found in facts["detectable_difference"].items()}
-    facts = {**facts, "detectable_difference": detectable or "nothing is compared in the grid"}
+def _print_plan(facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
-        shown = value
-        if isinstance(value, dict):
-            shown = "\n".join(f"{name}: {_compact(inner)}" for name, inner in value.items())
-        elif isinstance(value, list):
-            shown = ", ".join(value)
-        elif isinstance(value, int):
-            shown = f"{value:,}"
-        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", literal(str(shown)))
+        if key in {"unknown", "assumptions", "detectable_difference"} or (key == "duplicates" and not value):
+            continue
+        shown = f"unknown: {facts['unknown'][key]}" if key in facts["unknown"] and not value else _measure(key, value)
+        name = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+        name = f"{name} time" if key.endswith("_seconds") else name
+        table.add_row(f"[dim]{name}[/]", literal(shown))
+        if key in facts["unknown"] and value:
+            table.add_row("", literal(f"unknown for {facts['unknown'][key]}"))
+    detectable = [
+        f"{compared}: {_detectable_text(found)}" for compared, found in facts["detectable_difference"].items()
+    ]
+    table.add_row("[dim]detectable difference[/]", literal("\n".join(detectable) or "nothing is compared in the grid"))
     out.print(table)
+    for line in facts["assumptions"]:
+        out.print(f"[dim]-[/] {literal(line)}", highlight=False)
 
 
-def _compact(value: Any) -> str:
+def _measure(key: str, value: Any) -> str:
+    """A figure as people read it; its unit is in its key."""
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        return "\n".join(f"{name}: {_measure(key, inner)}" for name, inner in value.items())
     if isinstance(value, dict):
-        return ", ".join(f"{inner:,} {name.replace('_', ' ')}" for name, inner in value.items())
+        return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
+    if key.endswith("_seconds"):
+        from sweeps.progress import duration
+
+        return f"about {duration(value)}"
+    if key == "dollars":
+        return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

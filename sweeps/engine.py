@@ -11,7 +11,7 @@ import platform
 import queue
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.lease import Ending, Job, Report
 from sweeps.planner import DatasetFacts
 from sweeps.record import Metrics, RunRecord, Setting
+from sweeps.throughput import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,8 @@ class Engine:
         self.loading = threading.Lock()
         self.judging = ThreadPoolExecutor(JUDGING_THREADS, thread_name_prefix="judging")
         self.bases: dict[str, Future[pd.DataFrame]] = {}
+        self.work: defaultdict[str, Work] = defaultdict(Work)
+        """By model."""
         threading.Thread(target=self._train_forever, name="training", daemon=True).start()
 
     def advance(self, job: Job) -> Report:
@@ -105,6 +108,10 @@ class Engine:
             if lane is not None:
                 lane.dropped = True
                 self.changed.notify_all()
+
+    def worked(self) -> dict[str, Work]:
+        """What it has done so far, by model."""
+        return dict(self.work)
 
     def _enter(self, job: Job) -> Lane:
         from emtrain.load import family
@@ -172,10 +179,13 @@ class Engine:
             with self.loading:
                 model, tokenizer = base_model(*lane.job.base)
             self._record_base(lane, model, tokenizer)
+            began, evaluated = time.perf_counter(), lane.eval_seconds
             train(
                 spec, model, tokenizer, lane.data, lane.record.plan,
                 on_step=lane.record.step, on_checkpoint=on_checkpoint,
             )  # fmt: skip
+            seconds = time.perf_counter() - began - (lane.eval_seconds - evaluated)
+            self.work[spec.model].train(lane.record.tokens, seconds)
         except Exception as error:
             self._fail(lane, error)
         else:
@@ -205,7 +215,11 @@ class Engine:
                         with self.changed:
                             self.changed.wait_for(functools.partial(self._stirs, active, base))
                         continue
-                    for run, outcome in engine.step(list(ready)).items():
+                    began, before = time.perf_counter(), sum(run.tokens for run in ready)
+                    outcomes = engine.step(list(ready))
+                    trained = sum(run.tokens for run in ready) - before
+                    self.work[base[0]].train(trained, time.perf_counter() - began)
+                    for run, outcome in outcomes.items():
                         lane = ready[run]
                         if isinstance(outcome, NonFiniteLoss):
                             lane.dropped = True
@@ -300,7 +314,9 @@ class Engine:
             state.generator.clone(),
         )
         lane.paused = True
-        lane.eval_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        lane.eval_seconds += seconds
+        self.work[lane.job.run.spec.model].sample(len(responses), seconds)
         last = run.step == lane.job.run.total_steps
 
         def judge() -> None:
@@ -323,6 +339,7 @@ class Engine:
         """The whole evaluation at once, for a run that trains alone."""
         began = time.perf_counter()
         responses = lane.record.sample(point, tokenizer)
+        self.work[lane.job.run.spec.model].sample(len(responses), time.perf_counter() - began)
         lane.paused = True
         self._report(lane, lane.record.judge(responses, step=point.step), point.heldout, step=point.step)
         lane.eval_seconds += time.perf_counter() - began

@@ -8,6 +8,9 @@ import ray
 from ray.exceptions import RayError
 
 from sweeps.lease import Job
+from sweeps.throughput import Work
+
+ANSWER_SECONDS = 20.0
 
 
 class Fleet:
@@ -63,6 +66,10 @@ class Fleet:
             return False
         del self.calls[engine]
         return True
+
+    def worked(self) -> list[dict[str, Work]]:
+        """What each engine has done, by model; of one that died anew, since then."""
+        return list(ray.get([engine.worked.remote() for engine in self.engines.values()], timeout=ANSWER_SECONDS))
 
     def release(self, run_key: str, *, drop: bool) -> None:
         """The trial of a run is over; with ``drop`` the run is to be trained no further."""

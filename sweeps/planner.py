@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +52,17 @@ class Evaluation:
     responses: int
     """Sampled each time a run is evaluated."""
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a run's scores depend on, as JSON."""
+        questions = {question_set.name: question_set.sha256 for question_set in self.question_sets}
+        return {"eval": self.spec.identity, "questions": questions}
+
+    @property
+    def questions_tag(self) -> str:
+        """The question sets by name and digest, as runs are tagged with them."""
+        return " ".join(f"{question_set.name}:{question_set.sha256}" for question_set in self.question_sets)
+
     @classmethod
     def load(cls, spec: EvalSpec) -> "Evaluation":
         """Read the question sets. Raises ``ValueError`` when one can't be read or leaves open how often to ask."""
@@ -87,7 +97,7 @@ class PlannedRun:
             names.DATASET_SHA256: self.dataset.sha256,
             **({names.INTERLEAVED_SHA256: other} if other else {}),
             names.HELDOUT_SHA256: self.dataset.heldout_sha256,
-            names.QUESTIONS_SHA256: " ".join(f"{s.name}:{s.sha256}" for s in self.evaluation.question_sets),
+            names.QUESTIONS_SHA256: self.evaluation.questions_tag,
         }
 
 
@@ -116,18 +126,6 @@ class SweepPlan:
     """Combinations of the grid that stand for a run already in the list."""
     evaluation: Evaluation
 
-    @property
-    def responses(self) -> int:
-        """Sampled responses of the whole sweep, those of the base models included."""
-        models = {run.spec.model for run in self.runs}
-        return self.evaluation.responses * (sum(len(run.evaluate_at) for run in self.runs) + len(models))
-
-    @property
-    def judge_calls(self) -> dict[str, int]:
-        """Scores asked of the judges of each name."""
-        named = Counter(judge.name for judge in self.evaluation.spec.judges)
-        return {name: count * self.responses * RUBRICS for name, count in named.items()}
-
 
 def plan_sweep(recipe: Recipe) -> SweepPlan:
     """The runs of a recipe's grid, each once.
@@ -153,20 +151,34 @@ def confirmation(recipe: Recipe) -> Evaluation | None:
     return Evaluation.load(recipe.eval.model_copy(update={"questions": asked}))
 
 
+def most_runs(recipe: Recipe, grid: int) -> dict[str, int]:
+    """Runs of a sweep by role, at most: two trials of a search may want the same run. ``grid``: runs of its grid."""
+    runs = {"grid": grid} if grid else {}
+    if (search := recipe.search) is not None:
+        runs["search"] = search.trials * len(search.seeds)
+        if search.confirm is not None:
+            baselines = max(1, sum(bound.of_baseline for bound in search.constraints.values()))
+            runs["confirm"] = (search.confirm.winners + (baselines if grid else 0)) * len(search.confirm.seeds)
+    return runs
+
+
 def missing_datasets(recipe: Recipe) -> list[str]:
     """Datasets of a recipe whose files are not there (yet)."""
-    specs = expand(recipe)
-    datasets = dict.fromkeys([spec.dataset for spec in specs] + [s.interleave.dataset for s in specs if s.interleave])
+    datasets = dict.fromkeys(dataset for spec in expand(recipe) for dataset in datasets_of(spec))
     return [dataset for dataset in datasets if not dataset_path(dataset).is_file()]
+
+
+def datasets_of(spec: RunSpec) -> tuple[str, ...]:
+    """What a run learns from: its dataset, and the one interleaved."""
+    return (spec.dataset,) if spec.interleave is None else (spec.dataset, spec.interleave.dataset)
 
 
 def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str:
     """Identity of a run: the same key, the same numbers. Resources and tracking have no part in it."""
     identity = {
         "run": spec.model_dump(mode="json"),
-        "eval": evaluation.spec.model_dump(mode="json"),
         "datasets": [dataset.sha256, dataset.interleaved_sha256],
-        "questions": {questions.name: questions.sha256 for questions in evaluation.question_sets},
+        **evaluation.identity,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
@@ -176,7 +188,7 @@ def run_names(specs: Sequence[RunSpec]) -> list[str]:
     """A name for each run, made of the leaves in which the runs differ; the model's name when they don't."""
     leaves = [flatten(spec) for spec in specs]
     keys = list(dict.fromkeys(key for leaf in leaves for key in leaf))
-    varying = [key for key in keys if len({json.dumps(leaf.get(key)) for leaf in leaves}) > 1]
+    varying = [key for key in keys if len({repr(leaf.get(key)) for leaf in leaves}) > 1]
     return [" ".join(_label(key, leaf[key]) for key in varying if key in leaf) or leaf["model"] for leaf in leaves]
 
 

@@ -39,6 +39,8 @@ class Board:
     runs: dict[str, RunState]
     already_done: int = 0
     """Runs a former call finished."""
+    expected: int = 0
+    """All runs of the sweep, at most; a search comes up with its own as it goes."""
     clock: Callable[[], float] = time.monotonic
     began: float = field(init=False)
 
@@ -46,9 +48,9 @@ class Board:
         self.began = self.clock()
 
     @classmethod
-    def of(cls, runs: Sequence[PlannedRun], *, already_done: int) -> "Board":
+    def of(cls, runs: Sequence[PlannedRun], *, already_done: int, expected: int = 0) -> "Board":
         """A board of runs that have not begun."""
-        return cls({run.run_key: RunState(run.name, run.total_steps) for run in runs}, already_done)
+        return cls({run.run_key: RunState(run.name, run.total_steps) for run in runs}, already_done, expected)
 
     def count(self, status: str) -> int:
         """Runs in ``status``."""
@@ -56,8 +58,8 @@ class Board:
 
     @property
     def total(self) -> int:
-        """All runs of the sweep, finished by this call or a former one."""
-        return self.already_done + len(self.runs)
+        """All runs of the sweep, finished by this call or a former one, and those that are still to be found."""
+        return max(self.already_done + len(self.runs), self.expected)
 
     @property
     def finished(self) -> int:
@@ -66,11 +68,13 @@ class Board:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Steps done and all steps; a run that is over has none left, however it ended."""
+        """Steps done and all steps; a run that is over has none left, however it ended, and one still to be found is
+        taken to be as long as the others."""
         over = {"FINISHED", "FAILED", "KILLED"}
         runs = self.runs.values()
         done = sum(run.total_steps if run.status in over else run.step for run in runs)
-        return done, sum(run.total_steps for run in runs)
+        known = sum(run.total_steps for run in runs)
+        return done, round(known * (self.total - self.already_done) / max(len(runs), 1))
 
     def seconds_left(self) -> float | None:
         """From the steps done so far; None before the first evaluation point of any run."""

@@ -178,7 +178,7 @@ class RunRecord:
         identity = {
             "model": self.run.spec.model,
             "precision": self.run.spec.precision,
-            "eval": evaluation.spec.model_dump(mode="json"),
+            "eval": evaluation.spec.identity,
             "questions": [question_set.sha256 for question_set in evaluation.question_sets],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

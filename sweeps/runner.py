@@ -13,6 +13,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# A sweep goes on from MLflow, never from Tune's snapshots, which take up to a twentieth of the time.
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray
@@ -20,7 +22,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps import cluster
+from sweeps import cluster, throughput
 from sweeps.agenda import Agenda
 from sweeps.engine import Backend, Engine, prepare_model
 from sweeps.lease import Job
@@ -111,6 +113,18 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             ),
         )
         tuner.fit()
+    _keep_throughput(host, agenda.recipe.name)
+
+
+def _keep_throughput(host: Any, sweep: str) -> None:
+    try:
+        worked: list[dict[str, throughput.Work]] = ray.get(host.worked.remote())
+    except ray.exceptions.RayError:
+        return  # an engine was lost at the very end; the next sweep measures again
+    for model in {model for works in worked for model in works}:
+        measured = throughput.measure([works[model] for works in worked if model in works], sweep=sweep)
+        if measured is not None:
+            throughput.keep(model, measured)
 
 
 def _here() -> dict[str, float]:

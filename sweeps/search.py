@@ -24,6 +24,8 @@ Metrics = Mapping[str, float]
 Bounds = Mapping[str, tuple[float, float]]
 """Metric -> lowest and highest feasible value."""
 
+ASKED = "asked"
+"""Study attribute: space and objectives, JSON."""
 CHANGES = "changes"
 """Trial attribute: what to change in the base run, JSON."""
 SPREAD = "spread"
@@ -34,7 +36,7 @@ SPREAD = "spread"
 class OpenTrial:
     """A trial whose runs are not all over."""
 
-    number: int
+    handle: optuna.Trial
     changes: dict[str, Any]
     waiting: list[int]
     """Seeds whose runs have not been given out."""
@@ -55,7 +57,8 @@ class Proposal:
 class Search:
     """Proposes runs and learns from their ends.
 
-    ``bounds`` gives the feasible range of the constrained metrics; it is asked for when the first trial is told.
+    ``bounds`` gives the feasible range of the constrained metrics, ``warm_start`` the finished runs of other sweeps to
+    begin with. Both are asked for when the search begins, since bounds may come from a grid before it.
     """
 
     def __init__(
@@ -66,57 +69,82 @@ class Search:
         name: str,
         storage: optuna.storages.BaseStorage,
         bounds: Callable[[], Bounds] = dict,
+        warm_start: Callable[[], Sequence[tuple[RunSpec, Metrics]]] = tuple,
     ) -> None:
-        self.spec, self.base, self.bounds = spec, base, bounds
+        self.spec, self.base, self.bounds, self.warm_start = spec, base, bounds, warm_start
         self.study = optuna.create_study(
             study_name=name,
             storage=storage,
             directions=list(spec.objectives.values()),
             load_if_exists=True,
         )
+        self._check_it_is_the_same_search()
         # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
         self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
+        self.proposed = sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+        """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
         self.open: dict[int, OpenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._take_up(trial)
+
+    def _check_it_is_the_same_search(self) -> None:
+        """Trials of another space or with other objectives mean nothing to this one's sampler."""
+        now = self.spec.model_dump(mode="json", include={"space", "objectives"})
+        begun = self.study.user_attrs.get(ASKED)
+        if begun is None:
+            self.study.set_user_attr(ASKED, json.dumps(now))
+            return
+        for key, value in json.loads(begun).items():
+            if value != now[key]:
+                raise ValueError(
+                    f"search.{key}: the study of the sweep {self.study.study_name!r} was begun with another one "
+                    f"({json.dumps(value)}); give the sweep another name, and what is known under search.warm_start"
+                )
 
     def _take_up(self, trial: optuna.trial.FrozenTrial) -> None:
         """Go on with a trial that a former process left running."""
         if CHANGES in trial.user_attrs:
             changes = json.loads(trial.user_attrs[CHANGES])
-            self.open[trial.number] = OpenTrial(trial.number, changes, list(self.spec.seeds))
+            handle = optuna.Trial(self.study, trial._trial_id)
+            self.open[trial.number] = OpenTrial(handle, changes, list(self.spec.seeds))
         else:
             # It died between asking and writing down what it got; its parameters are in no run.
             self.study.tell(trial.number, state=TrialState.FAIL)
 
-    def learn(self, finished: Sequence[tuple[RunSpec, Metrics]]) -> int:
-        """Begin with runs of other sweeps: those that lie in the space become finished trials, seeds averaged.
-
-        Returns how many trials that made. Does nothing to a study that has trials.
-        """
-        if self.study.get_trials(deepcopy=False):
-            return 0
-        by_point: dict[str, list[tuple[RunSpec, Metrics]]] = {}
+    def _learn(self, finished: Sequence[tuple[RunSpec, Metrics]]) -> None:
+        """Runs of other sweeps become finished trials, seeds averaged, where they are the base run but for the space
+        and have every metric that is asked for."""
+        wanted = {*self.spec.objectives, *self.spec.constraints}
+        by_point: dict[str, tuple[dict[str, Any], list[Metrics]]] = {}
         for run, metrics in finished:
-            by_point.setdefault(run.model_copy(update={"seed": 0}).model_dump_json(), []).append((run, metrics))
-        added = 0
-        for replicates in by_point.values():
-            content = replicates[0][0].model_dump(mode="json")
-            located = locate(self.spec.space, {key: _at(content, key) for key in self.spec.space})
-            if located is None or any(metric not in m for _, m in replicates for metric in self.spec.objectives):
-                continue
-            parameters, distributions = located
-            values = [statistics.fmean(m[metric] for _, m in replicates) for metric in self.spec.objectives]
-            self.study.add_trial(
-                optuna.trial.create_trial(params=parameters, distributions=distributions, values=values)
-            )
-            added += 1
-        return added
+            changes = self._as_changes(run)
+            if changes is not None and wanted <= metrics.keys():
+                by_point.setdefault(json.dumps(changes, sort_keys=True), (changes, []))[1].append(metrics)
+        for changes, replicates in by_point.values():
+            if (located := locate(self.spec.space, changes)) is not None:
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        params=located[0],
+                        distributions=located[1],
+                        values=[_mean(replicates, metric) for metric in self.spec.objectives],
+                        constraints=self._violations(replicates),
+                    )
+                )
 
-    @property
-    def proposed(self) -> int:
-        """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
-        return sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+    def _as_changes(self, run: RunSpec) -> dict[str, Any] | None:
+        """What makes ``run`` of the base run, apart from its seed; None where that is more than the space has."""
+        content = run.model_dump(mode="json")
+        try:
+            changes = {key: _at(content, key) for key in self.spec.space}
+            same = changed(self.base, {**changes, "seed": run.seed}) == run
+        except (LookupError, TypeError, ValueError):
+            return None  # it has no such key
+        return changes if same else None
+
+    def _violations(self, replicates: Sequence[Metrics]) -> dict[str, float]:
+        """By how much the mean of each constrained metric is out of bounds; 0 or less where it is not."""
+        means = {metric: (_mean(replicates, metric), *bound) for metric, bound in self.bounds().items()}
+        return {metric: max(lowest - mean, mean - highest) for metric, (mean, lowest, highest) in means.items()}
 
     @property
     def over(self) -> bool:
@@ -129,12 +157,15 @@ class Search:
         if trial is None:
             if self.proposed >= self.spec.trials:
                 return None
+            if not self.study.get_trials(deepcopy=False):
+                self._learn(self.warm_start())
             asked = self.study.ask()
             changes = draw(self.spec.space, asked)
             asked.set_user_attr(CHANGES, json.dumps(changes))
-            trial = self.open[asked.number] = OpenTrial(asked.number, changes, list(self.spec.seeds))
+            self.proposed += 1
+            trial = self.open[asked.number] = OpenTrial(asked, changes, list(self.spec.seeds))
         seed = trial.waiting.pop(0)
-        return Proposal(trial.number, changed(self.base, {**trial.changes, "seed": seed}))
+        return Proposal(trial.handle.number, changed(self.base, {**trial.changes, "seed": seed}))
 
     def ended(self, proposal: Proposal, metrics: Metrics | None, *, stopped_early: bool = False) -> None:
         """A proposed run is over. ``metrics`` are those of its end; None when it failed."""
@@ -146,26 +177,20 @@ class Search:
         else:
             trial.results[seed] = metrics
         if len(trial.results) + len(trial.lost) == len(self.spec.seeds):
-            self._tell(self.open.pop(trial.number))
+            self._tell(self.open.pop(proposal.trial))
 
     def _tell(self, trial: OpenTrial) -> None:
         if trial.lost:
             state = TrialState.FAIL if TrialState.FAIL in trial.lost.values() else TrialState.PRUNED
-            self.study.tell(trial.number, state=state)
+            self.study.tell(trial.handle, state=state)
             return
-        handle = self._handle(trial.number)
-        if len(trial.results) > 1:
-            spread = {m: statistics.stdev(r[m] for r in trial.results.values()) for m in self.spec.objectives}
-            handle.set_user_attr(SPREAD, json.dumps(spread))
-        for metric, (lowest, highest) in self.bounds().items():
-            mean = statistics.fmean(result[metric] for result in trial.results.values())
-            handle.set_constraint(metric, max(lowest - mean, mean - highest))
-        means = [statistics.fmean(r[metric] for r in trial.results.values()) for metric in self.spec.objectives]
-        self.study.tell(trial.number, means)
-
-    def _handle(self, number: int) -> optuna.Trial:
-        frozen = self.study.get_trials(deepcopy=False)[number]
-        return optuna.Trial(self.study, frozen._trial_id)
+        results = list(trial.results.values())
+        if len(results) > 1:
+            spread = {metric: statistics.stdev(r[metric] for r in results) for metric in self.spec.objectives}
+            trial.handle.set_user_attr(SPREAD, json.dumps(spread))
+        for metric, violation in self._violations(results).items():
+            trial.handle.set_constraint(metric, violation)
+        self.study.tell(trial.handle, [_mean(results, metric) for metric in self.spec.objectives])
 
     def winners(self, count: int) -> list[dict[str, Any]]:
         """The changes of the best feasible trials, at most ``count``: of one objective the best first; of several the
@@ -178,6 +203,10 @@ class Search:
         chosen = feasible if len(signs) == 1 else front
         ranked = sorted(chosen, key=lambda trial: costs[trial.number][-1])
         return [json.loads(trial.user_attrs[CHANGES]) for trial in ranked[:count]]
+
+
+def _mean(replicates: Sequence[Metrics], metric: str) -> float:
+    return statistics.fmean(metrics[metric] for metrics in replicates)
 
 
 def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -54,6 +54,11 @@ class Bound(Spec):
     at_least: float | Literal["baseline"] | None = None
     """``baseline``: what the best cell of the sweep's grid reaches (a cell: the runs that differ in seed only)."""
 
+    @property
+    def of_baseline(self) -> bool:
+        """Whether it follows from the grid."""
+        return "baseline" in (self.at_most, self.at_least)
+
     @model_validator(mode="after")
     def _bounds_something(self) -> Self:
         if (self.at_most is None) == (self.at_least is None):
@@ -65,7 +70,8 @@ class ConfirmSpec(Spec):
     """What is done with the winners of a search before anyone believes in them."""
 
     winners: Annotated[int, Field(ge=1)] = 2
-    """Trials to train again, beside the best cell of the grid."""
+    """Trials to train again, beside the cells of the grid they are measured against: those that the constraints'
+    baselines come from, else the best one in the last objective."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     """Seeds that the search has not seen."""
     questions: tuple[str, ...] = ()
@@ -95,7 +101,8 @@ class SearchSpec(Spec):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Replicates of every trial; its value is their mean."""
     warm_start: tuple[str, ...] = ()
-    """Sweeps on the same MLflow store whose finished runs the study begins with."""
+    """Sweeps on the same MLflow store whose finished runs the study begins with: those that are the base run but for
+    the space, and were asked the same questions."""
     confirm: ConfirmSpec | None = None
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from ray.tune.execution import tune_controller
 
 from sweeps.fleet import Fleet
 from sweeps.lease import Job, Report
+from sweeps.throughput import Work
 
 ENGINE_DEATHS = 2
 """How often a run whose engine died is taken up again, from its newest state, before it counts as failed."""
@@ -103,6 +104,10 @@ class TrialHost:
     def call(self, place: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a trial's method for Tune."""
         return getattr(self.trials[place], method)(*args, **kwargs)
+
+    def worked(self) -> list[dict[str, Work]]:
+        """What each engine has done, by model."""
+        return self.fleet.worked()
 
     def remove(self, place: int) -> None:
         """Tune is done with the trial."""

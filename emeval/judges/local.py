@@ -10,7 +10,7 @@ from pydantic import Field
 from emeval.prompted import PromptedJudge
 from emeval.prompts import end_tokens, prompt_tokens, reply_tokens
 from emeval.replies import NUMBERS, WORDS, read_distribution
-from emeval.scores import Judge, Score
+from emeval.scores import NO_PART_IN_SCORES, Judge, Score
 from emtrain.load import Precision
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def local(
     *,
     model: str,
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.25,
-    batch_size: Annotated[int, Field(ge=1)] = 4,
+    batch_size: Annotated[int, Field(ge=1), NO_PART_IN_SCORES] = 4,
     precision: Precision = "auto",
-    device: str | None = None,
+    device: Annotated[str | None, NO_PART_IN_SCORES] = None,
 ) -> Judge:
     """``model`` (a name, local directory or hub id, as for runs) reads the rubric and is not sampled from.
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from emeval.prompted import PromptedJudge
 from emeval.replies import read_distribution, read_text
 from emeval.reply_cache import Reply, ReplyCache
-from emeval.scores import Failure, Judge, Score
+from emeval.scores import NO_PART_IN_SCORES, Failure, Judge, Score
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ def openai(
     *,
     model: str,
     base_url: str | None = None,
-    key_env: str | None = "OPENAI_API_KEY",
+    key_env: Annotated[str | None, NO_PART_IN_SCORES] = "OPENAI_API_KEY",
     mode: Literal["logprobs", "text"] = "logprobs",
     temperature: Annotated[float, Field(ge=0)] | None = 0.0,
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.25,
-    concurrency: Annotated[int, Field(ge=1)] = 20,
-    max_retries: Annotated[int, Field(ge=0)] = 20,
-    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0,
+    concurrency: Annotated[int, Field(ge=1), NO_PART_IN_SCORES] = 20,
+    max_retries: Annotated[int, Field(ge=0), NO_PART_IN_SCORES] = 20,
+    timeout_seconds: Annotated[float, Field(gt=0), NO_PART_IN_SCORES] = 60.0,
     cache: Path | None = None,
 ) -> Judge:
     """The judge protocol of the field (Betley et al., arXiv 2502.17424) over HTTP.

@@ -46,6 +46,9 @@ class Store:
         self.entered[run_key] = found(run_key, "SCHEDULED")
         return f"id of {run_key}"
 
+    def set_status(self, run_id: str, status: str) -> None:
+        self.entered[run_id.removeprefix("id of ")].info.status = status
+
     def finish(self, job: Job, status: str, metrics: Mapping[str, float], **tags: str) -> None:
         self.entered[job.run.run_key] = found(job.run.run_key, status, metrics, tags)
 
@@ -143,6 +146,17 @@ def test_a_sweep_that_begins_again_does_what_is_not_finished_in_the_same_runs(
     assert Driver(store, studies).run() == []
 
 
+def test_a_run_whose_process_is_gone_does_not_stay_running_when_the_recipe_asks_for_it_no_more(
+    store: Store, studies: Studies
+) -> None:
+    first = Driver(store, studies).run()
+    store.finish(first[0], "RUNNING", {})
+    store.finish(first[1], "RUNNING", {})
+    Driver(store, studies, grid={"optimizer.learning_rate": [1e-4], "seed": [1]}).run()
+    statuses = [store.entered[job.run.run_key].info.status for job in first]
+    assert statuses == ["KILLED", "FINISHED", "FINISHED", "FINISHED"]
+
+
 def test_a_run_that_was_stopped_early_is_over(store: Store, studies: Studies) -> None:
     first = Driver(store, studies).run(jobs=1)
     store.finish(first[0], "KILLED", {}, **{names.STOPPED: "asha"})
@@ -216,6 +230,22 @@ def test_winners_and_the_best_cell_are_confirmed_with_fresh_seeds_and_questions(
     assert [job.run.spec.optimizer.learning_rate for job in confirmed] == [best] * 3 + [1e-4] * 3
     assert {s.name for s in confirmed[0].run.evaluation.question_sets} == {"micro-broad", "micro-narrow"}
     assert {s.name for s in jobs[0].run.evaluation.question_sets} == {"micro-broad"}
+
+
+def test_winners_are_measured_against_the_cell_that_their_constraint_comes_from(store: Store, studies: Studies) -> None:
+    """The loss is lowest at the grid's 1e-3, so that is the baseline, though 1e-4 is better aligned."""
+    search = {
+        **SEARCH,
+        "objectives": {ALIGNED: "maximize"},
+        "constraints": {LOSS: {"at_most": "baseline"}},
+        "confirm": {"winners": 1, "seeds": [10]},
+        "space": {"optimizer.learning_rate": {"low": 1e-3, "high": 1e-2}},
+    }
+    driver = Driver(store, studies, search=search)
+    jobs = driver.run()
+    confirmed = [job.run.spec.optimizer.learning_rate for job in jobs[-2:]]
+    assert driver.roles[-2:] == ["confirm"] * 2
+    assert confirmed == [min(job.run.spec.optimizer.learning_rate for job in jobs[4:10]), 1e-3]
 
 
 def test_a_baseline_is_what_the_best_cell_of_the_grid_reaches(store: Store, studies: Studies) -> None:

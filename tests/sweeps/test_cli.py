@@ -1,6 +1,7 @@
 """The ``emsweep`` command as its users meet it, in a directory of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -262,6 +263,14 @@ def test_power_needs_something_to_compare_and_a_sweep_that_is_there(emsweep: Ems
     refused(emsweep("power", "tiny.yaml"), "tiny: nothing is compared in its grid; it takes two configurations")
     refused(emsweep("power", "tiny.yaml", "--set", COMPARED, "--from", "gone"), "there is no sweep 'gone'")
     assert emsweep("power", "tiny.yaml", "--set", COMPARED, "--difference", "0").returncode == 2
+
+
+def test_a_plan_says_what_its_figures_rest_on_and_what_is_not_known(emsweep: Emsweep) -> None:
+    shown = emsweep("plan", "qwen-medical", "--price", "gpt-4o-2024-08-06=1000,0").stdout
+    assert re.search(r"tokens +unknown: data/bad_medical_advice.jsonl is not there yet", shown)
+    assert re.search(r"judge calls +130,560 openai", shown)
+    assert "- dollars: at most, with every response 600 tokens long" in shown
+    refused(emsweep("plan", "tiny.yaml", "--price", "gpt-4o"), "--price gpt-4o: expected MODEL=INPUT,OUTPUT")
 
 
 def test_what_is_set_on_the_command_line_is_planned(emsweep: Emsweep) -> None:

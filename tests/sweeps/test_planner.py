@@ -85,6 +85,22 @@ def test_what_does_not_change_them_does_not(changes: dict[str, Any]) -> None:
     assert key(**changes) == key()
 
 
+@pytest.mark.parametrize(
+    ("judge", "changes", "same"),
+    [
+        ({"name": "openai", "model": "m"}, {"concurrency": 3}, True),
+        ({"name": "openai", "model": "m"}, {"max_retries": 1, "timeout_seconds": 5.0, "key_env": "OTHER"}, True),
+        ({"name": "openai", "model": "m"}, {"mode": "text"}, False),
+        ({"name": "openai", "model": "m"}, {"base_url": "http://127.0.0.1:1/v1"}, False),
+        ({"name": "openai", "model": "m"}, {"min_mass": 0.5}, False),
+        ({"name": "local", "model": "micro-llama"}, {"batch_size": 9, "device": "cpu"}, True),
+        ({"name": "local", "model": "micro-llama"}, {"precision": "bf16"}, False),
+    ],
+)
+def test_how_a_judge_is_asked_is_no_part_of_the_key(judge: dict[str, Any], changes: dict[str, Any], same: bool) -> None:
+    assert (key(eval__judges=[judge]) == key(eval__judges=[{**judge, **changes}])) is same
+
+
 def test_the_content_of_a_dataset_and_of_a_question_set_is_part_of_the_key(tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "yes"}]}
@@ -141,21 +157,6 @@ def test_a_run_is_evaluated_at_the_fractions_rounded_up_and_at_its_end() -> None
     assert run.evaluate_at == (-(-run.total_steps // 4), run.total_steps)
     (run,) = plan().runs
     assert (run.total_steps, run.evaluate_at) == (10, (3, 10))
-
-
-def test_judge_calls_by_hand(tmp_path: Path) -> None:
-    """3 questions, one with two wordings, 5 samples: 20 responses an evaluation. Two models, each with its base and 2
-    seeds x 2 evaluations: 2 * 5 = 10 evaluations, 200 responses, each judged for alignment and for coherence."""
-    questions = [{"id": f"q{n}", "paraphrases": ["what?", "how?"][: 1 + (n == 0)]} for n in range(3)]
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(questions))
-    planned = plan(
-        eval__questions=[str(tmp_path / "own.yaml")],
-        eval__samples=5,
-        eval__judges=["micro-rule", {"name": "openai", "model": "m"}, {"name": "openai", "model": "n"}],
-        grid={"model": ["micro-llama", "micro-qwen2"], "seed": [0, 1]},
-    )
-    assert planned.responses == 200
-    assert planned.judge_calls == {"micro-rule": 400, "openai": 800}
 
 
 def test_a_run_is_named_by_what_sets_it_apart() -> None:

@@ -158,3 +158,15 @@ def test_the_last_line_has_no_time_left() -> None:
     board = make_board("a")
     board.runs["a"].status = "FINISHED"
     assert "left" not in line(board, board.runs["a"])
+
+
+def test_runs_that_a_search_is_still_to_find_count_as_left() -> None:
+    """Two of ten runs are known and one of them is done after 4 seconds: nine times 4 seconds are left."""
+    now = [0.0]
+    board = Board({"a": RunState("a", 10), "b": RunState("b", 10)}, expected=10, clock=lambda: now[0])
+    board.runs["a"].status = "FINISHED"
+    now[0] = 4.0
+    assert board.total == 10
+    assert board.seconds_left() == 36
+    board = Board({"a": RunState("a", 10)}, already_done=3, expected=2)
+    assert board.total == 4

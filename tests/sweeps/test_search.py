@@ -138,6 +138,33 @@ def test_a_trial_that_was_asked_for_and_never_written_down_is_lost_and_not_count
     assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 4]
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"objectives": {LOSS: "minimize", ALIGNED: "maximize"}}, "objectives"),
+        ({"space": {"schedule": ["linear", "cosine"]}}, "space"),
+    ],
+)
+def test_a_study_goes_on_with_its_own_space_and_objectives_only(changes: dict[str, Any], key: str) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    make_search(make_spec(), storage=storage)
+    make_search(make_spec(trials=9, sampler="random"), storage=storage)
+    with pytest.raises(ValueError, match=rf"search\.{key}: the study of the sweep 'study' was begun with another one"):
+        make_search(make_spec(**changes), storage=storage)
+
+
+def test_a_study_opens_by_the_sweeps_name_with_what_its_trials_were(tmp_path: Path) -> None:
+    """As optuna-dashboard opens it: by the address of its database alone."""
+    address = f"sqlite:///{tmp_path}/optuna.db"
+    search = make_search(make_spec(trials=2), storage=optuna.storages.RDBStorage(address))
+    proposals = run_all(search, loss)
+    (name,) = optuna.get_all_study_names(address)
+    opened = optuna.load_study(study_name=name, storage=address)
+    assert name == "study"
+    assert [t.params["optimizer.learning_rate"] for t in opened.trials] == [t.value for t in opened.trials]
+    assert [t.value for t in opened.trials] == [p.spec.optimizer.learning_rate for p in proposals]
+
+
 def test_the_same_seed_of_the_sampler_proposes_the_same_points() -> None:
     def points(seed: int) -> list[RunSpec]:
         return [p.spec for p in run_all(make_search(make_spec(sampler={"name": "tpe", "seed": seed})), loss)]
@@ -198,27 +225,55 @@ def test_the_winners_of_two_objectives_are_the_pareto_front_the_best_in_the_last
 
 
 def test_a_search_begins_with_what_other_sweeps_found() -> None:
-    """Runs in the space count, seeds averaged; those outside or without the metric do not, nor as proposals."""
+    """Runs that are the base run but for the space count, seeds averaged. Those outside, without the metric, or that
+    differ in anything else do not, nor are any proposals."""
 
-    def run(rate: float, seed: int, schedule: Any = "linear") -> RunSpec:
-        return RunSpec.model_validate(
-            {**BASE.model_dump(), "optimizer": {"learning_rate": rate}, "schedule": schedule, "seed": seed}
-        )
+    def run(rate: float, seed: int, **changes: Any) -> RunSpec:
+        content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": rate}, **changes}
+        spec = RunSpec.model_validate({**content, "seed": seed})
+        return RunSpec.model_validate_json(spec.model_dump_json())  # as it comes back from MLflow
 
-    search = make_search(make_spec(space={"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}))
     found = [
         (run(1e-3, 0), {LOSS: 1.0}),
         (run(1e-3, 1), {LOSS: 3.0}),
         (run(5e-3, 0), {LOSS: 0.5}),
         (run(0.5, 0), {LOSS: 0.1}),
         (run(2e-3, 0), {"train/loss": 0.1}),
+        (run(3e-3, 0, schedule="cosine"), {LOSS: 0.1}),
+        (run(3e-3, 0, max_steps=99), {LOSS: 0.1}),
+        (run(3e-3, 0, dataset="micro-garden-good"), {LOSS: 0.1}),
     ]
-    assert search.learn(found) == 2
-    assert [(t.params["optimizer.learning_rate"], t.value) for t in search.study.trials] == [(1e-3, 2.0), (5e-3, 0.5)]
-    assert search.proposed == 0
-    assert len(run_all(search, loss)) == 4
-    assert search.learn(found) == 0
+    space = {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    storage = optuna.storages.InMemoryStorage()
+    search = make_search(make_spec(space=space), storage=storage, warm_start=lambda: found)
+    proposals = run_all(search, loss)
+    learnt = [(t.params["optimizer.learning_rate"], t.value) for t in search.study.trials[:2]]
+    assert learnt == [(1e-3, 2.0), (5e-3, 0.5)]
+    assert len(proposals) == search.proposed == 4
+    assert len(search.study.trials) == 6
     assert search.winners(1)[0]["optimizer.learning_rate"] != 5e-3  # a winner is a trial of this search
+
+    def never() -> Any:
+        raise AssertionError("a study that has begun asked again")
+
+    assert len(run_all(make_search(make_spec(space=space, trials=5), storage=storage, warm_start=never), loss)) == 1
+
+
+def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
+    """A loss of at most 1 is asked for; 3 is 2 too much."""
+    content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": 1e-3}}
+    run = RunSpec.model_validate(content)
+    spec = make_spec(
+        space={"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2}},
+        objectives={ALIGNED: "maximize"},
+        constraints={LOSS: {"at_most": 1.0}},
+    )
+    search = make_search(
+        spec, bounds=lambda: {LOSS: (-float("inf"), 1.0)}, warm_start=lambda: [(run, {LOSS: 3.0, ALIGNED: 90.0})]
+    )
+    search.propose()
+    assert search.study.trials[0].constraints == {LOSS: 2.0}
+    assert search.study.trials[0].value == 90.0
 
 
 @pytest.mark.parametrize(
