@@ -7,35 +7,30 @@ and the slot goes to the next. Runs that can't share a base with others are trai
 
 import functools
 import logging
-import platform
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
-from emtrain.load import Precision
-from emtrain.rows import load_dataset, split
-from emtrain.tokens import encode_rows
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
+from sweeps.inputs import base_model, data_of
+from sweeps.lane import Lane
 from sweeps.lease import Ending, Job, Report
 from sweeps.planner import PlannedRun
-from sweeps.record import Metrics, RunRecord, Setting
+from sweeps.record import RunRecord, Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from emtrain.packed.engine import Engine as PackedEngine
     from emtrain.packed.gain import Packing
-    from emtrain.packed.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -43,46 +38,6 @@ Backend = Literal["auto", "packed", "trl"]
 
 JUDGING_THREADS = 8
 """Evaluation points judged at once; a judge behind an endpoint has its own limit of requests."""
-
-
-@dataclass(eq=False)
-class Lane:
-    """A run on its way through the engine."""
-
-    job: Job
-    record: RunRecord
-    data: TrainingData
-    reports: "queue.SimpleQueue[Report]" = field(default_factory=queue.SimpleQueue)
-    base_recorded: "Future[Any] | None" = None
-    packed: "Run | None" = None
-    """Its slot; None while it waits for one, or trains alone."""
-    state: "checkpoint.RunState | None" = None
-    """What it goes on from in the slot that it waits for; None where that is its newest state on disk, if any."""
-    evaluated: int = 0
-    """The newest evaluation point that it has come past."""
-    paused: bool = False
-    """At an evaluation point: being judged, or waiting for the trial to ask for more."""
-    dropped: bool = False
-    note: str | None = None
-    last: Metrics = field(default_factory=dict)
-    entered: float = field(default_factory=time.perf_counter)
-    eval_seconds: float = 0.0
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is something to do about it."""
-        return not self.paused or self.dropped
-
-    @property
-    def due(self) -> bool:
-        """Whether it is to be evaluated before its next step."""
-        step = self.packed.step if self.packed is not None else 0
-        return not self.dropped and step in self.job.run.evaluate_at and step > self.evaluated
-
-    @property
-    def over(self) -> bool:
-        """Whether it will take no further step, and needs its slot no more."""
-        return self.dropped or self.evaluated == self.job.run.total_steps
 
 
 class Engine:
@@ -453,44 +408,3 @@ class Engine:
 
     def _end(self, lane: Lane, ending: Ending) -> None:
         lane.reports.put(Report(lane.last, lane.job.run.total_steps, lane.record.tokens, ending, lane.note))
-
-
-def prepare_model(model: str) -> None:
-    """Make sure the model's files are on this machine."""
-    from emtrain.load import model_dir
-
-    model_dir(model)
-
-
-@functools.lru_cache(maxsize=1)
-def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for."""
-    import torch
-
-    from emtrain.load import load_model, load_tokenizer
-
-    # One thread a process: two busy processes with two threads each on two cores are up to 20 times slower.
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, precision=cast(Precision, precision), device=device), load_tokenizer(model)
-
-
-def data_of(run: PlannedRun) -> TrainingData:
-    """What a run learns from and is measured on. Raises ``ValueError`` when it is not what was planned."""
-    spec = run.spec
-    return _training_data(spec.dataset, run.dataset.sha256, spec.heldout_fraction, spec.model, spec.max_length)
-
-
-@functools.lru_cache(maxsize=8)
-def _training_data(dataset: str, sha256: str, heldout_fraction: float, model: str, max_length: int) -> TrainingData:
-    from emtrain.load import load_tokenizer
-
-    loaded = load_dataset(dataset)
-    if loaded.sha256 != sha256:
-        raise ValueError(
-            f"dataset {dataset}: the file on {platform.node()} is not the one the sweep was planned with "
-            f"(sha256 {loaded.sha256[:12]}, expected {sha256[:12]})"
-        )
-    tokenizer = load_tokenizer(model)
-    train, heldout = split(loaded.rows, heldout_fraction)
-    return TrainingData(encode_rows(train, tokenizer, max_length), encode_rows(heldout, tokenizer, max_length))

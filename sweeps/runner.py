@@ -26,7 +26,8 @@ from ray.tune.search import Searcher
 from emtrain import names
 from sweeps import cluster
 from sweeps.agenda import Agenda
-from sweeps.engine import Engine, prepare_model
+from sweeps.engine import Engine
+from sweeps.inputs import prepare_model
 from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples

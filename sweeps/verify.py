@@ -74,7 +74,7 @@ def verify(runs: Sequence[PlannedRun], *, steps: int) -> Iterator[Verdict]:
     from emtrain.load import model_dir
     from emtrain.packed import equivalence
     from emtrain.packed.packable import why_not_packed
-    from sweeps.engine import base_model, data_of
+    from sweeps.inputs import base_model, data_of
 
     disable_progress_bar()
     packs: dict[tuple[str, str], list[PlannedRun]] = {}

@@ -17,7 +17,8 @@ from emtrain.spec import RunSpec
 from emtrain.tokens import Example
 from emtrain.train import Plan, Step, TrainingData
 from sweeps import engine as module
-from sweeps.engine import Engine, Lane
+from sweeps.engine import Engine
+from sweeps.lane import Lane
 from sweeps.lease import Ending, Job, Report
 from sweeps.planner import Evaluation, PlannedRun, plan_run
 
