@@ -5,9 +5,9 @@
 The same runs on a micro model (learning rates x seeds; LoRA of rank 8, AdamW, a linear schedule), each evaluated at a
 quarter, half and the end of its training. The arms, each from the start of its process to its end:
 
-- script: Ray Tune, one trial per processor, actors reused; in each trial TRL's SFTTrainer with the MLflow callback of
-  transformers; the held-out loss, the sampled responses, their judge and their scores by the functions that emsweep
-  calls; adapter and responses kept as artifacts;
+- script: `sweep_script.py`: Ray Tune, one trial per processor, actors reused; in each trial TRL's SFTTrainer with the
+  MLflow callback of transformers; the held-out loss, the sampled responses, their judge and their scores by the functions
+  that emsweep calls; adapter and responses kept as artifacts;
 - alone: emsweep with `resources.backend=trl`, so without packing;
 - emsweep: as it comes.
 
@@ -70,16 +70,12 @@ class Outcome:
 
 
 def main() -> None:
-    """Print the table, or be the script."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=32, help="a multiple of four")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--save", action="store_true", help="keep the table in benchmarks/results")
-    parser.add_argument("--script", metavar="RECIPE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.script:
-        script(Path(arguments.script).read_text())
-        return
     recipe = {
         **RECIPE,
         "base": {**RECIPE["base"], "max_steps": arguments.steps},  # type: ignore[dict-item]
@@ -87,7 +83,7 @@ def main() -> None:
     }
     emsweep = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "recipe.yaml", "--no-report"]
     arms = {
-        "script": [sys.executable, __file__, "--script", "recipe.yaml"],
+        "script": [sys.executable, str(Path(__file__).with_name("sweep_script.py")), "recipe.yaml"],
         "alone": [*emsweep, "--set", "resources.backend=trl"],
         "emsweep": emsweep,
     }
@@ -159,135 +155,6 @@ def row(arm: str, outcome: Outcome, reference: Outcome) -> str:
 
 def _line(cells: list[str]) -> str:
     return f"{cells[0]:<10}" + "".join(f"{cell:>16}" for cell in cells[1:])
-
-
-def script(text: str) -> None:
-    """What one would write without emsweep."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}
-    import mlflow
-    import ray
-    from ray import tune
-
-    from sweeps.planner import plan_sweep
-    from sweeps.recipe import load_recipe
-
-    planned = plan_sweep(load_recipe(text, source="recipe"))
-    mlflow.set_experiment("benchmark")  # before the trials, which would all make the tables
-    ray.init(include_dashboard=False, log_to_driver=False)
-    with tempfile.TemporaryDirectory() as storage:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 1}),
-            param_space={"run": tune.grid_search(list(planned.runs))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(storage_path=storage, verbose=0),
-        )
-        results = tuner.fit()
-    ray.shutdown()
-    assert not results.errors, results.errors
-
-
-def trial(config: Mapping[str, Any]) -> None:
-    """One run of the script."""
-    import mlflow
-    import pandas as pd
-    import torch
-    from datasets import Dataset
-    from ray import tune
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from emeval.evaluate import judge_responses, summarise
-    from emeval.generate import sample
-    from emtrain import names
-    from emtrain.adapter import adapted
-    from emtrain.heldout import heldout_loss
-    from emtrain.load import load_model, load_tokenizer
-    from emtrain.order import row_order
-    from emtrain.rows import load_dataset, split
-    from emtrain.schedule import build
-    from emtrain.seeds import derive
-    from emtrain.tokens import encode_rows
-
-    torch.set_num_threads(1)
-    run = config["run"]
-    spec, evaluation = run.spec, run.evaluation
-    model, tokenizer = load_model(spec.model), load_tokenizer(spec.model)
-    parts = split(load_dataset(spec.dataset).rows, spec.heldout_fraction)
-    train, heldout = (encode_rows(rows, tokenizer, spec.max_length) for rows in parts)
-    order = row_order(len(train), batch_size=spec.batch_size, total_steps=run.total_steps, seed=spec.seed)
-    rows = [train[row] for row in order.flatten().tolist()]
-    judges = [judge.build(cache=Path("unused")) for judge in evaluation.spec.judges]
-    spent, frames = 0.0, []
-
-    class Evaluate(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            nonlocal spent
-            if state.global_step not in run.evaluate_at:
-                return
-            began = time.perf_counter()
-            model.eval()
-            loss = heldout_loss(model, heldout)
-            responses = [
-                response
-                for questions in evaluation.question_sets
-                for response in sample(
-                    model,
-                    tokenizer,
-                    questions,
-                    samples=evaluation.spec.samples,
-                    max_new_tokens=evaluation.spec.max_new_tokens,
-                    temperature=evaluation.spec.temperature,
-                    top_p=evaluation.spec.top_p,
-                    seed=derive(spec.seed, "sample", state.global_step),
-                )
-            ]
-            spent += time.perf_counter() - began
-            frames.append(judge_responses(responses, judges, step=state.global_step))
-            scores = summarise(frames[-1], judges[0].id)
-            mlflow.log_metrics({names.HELDOUT_LOSS: loss.per_token, **scores}, step=state.global_step)
-            if state.global_step == run.total_steps:
-                model.save_pretrained(f"{scratch}/adapter")
-                mlflow.log_artifacts(f"{scratch}/adapter", "adapter")
-                pd.concat(frames).to_parquet(f"{scratch}/responses.parquet", index=False)
-                mlflow.log_artifact(f"{scratch}/responses.parquet")
-                mlflow.log_metric(names.EVAL_SECONDS, spent)
-
-    with tempfile.TemporaryDirectory() as scratch, adapted(model, spec.adapter, seed=spec.seed) as adapter:
-        parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=spec.optimizer.learning_rate, weight_decay=spec.optimizer.weight_decay
-        )
-        schedule = build(spec.schedule, run.total_steps)
-        trainer = SFTTrainer(
-            model=adapter,
-            args=SFTConfig(
-                output_dir=scratch,
-                max_steps=run.total_steps,
-                per_device_train_batch_size=spec.batch_size,
-                train_sampling_strategy="sequential",  # the rows are in their order already
-                learning_rate=spec.optimizer.learning_rate,
-                max_grad_norm=spec.optimizer.max_grad_norm,
-                seed=spec.seed,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                max_length=None,
-                use_cpu=True,
-                bf16=False,
-                dataloader_pin_memory=False,
-                activation_checkpointing=False,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="mlflow",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_dict(
-                {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-            ),
-            processing_class=tokenizer,
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
-            callbacks=[Evaluate()],
-        )
-        trainer.train()
-    tune.report({"done": 1})
 
 
 if __name__ == "__main__":
