@@ -6,8 +6,8 @@ The same runs on a micro model (learning rates x seeds; LoRA of rank 8, AdamW, a
 quarter, half and the end of its training. The arms, each from the start of its process to its end:
 
 - script: `sweep_script.py`: Ray Tune, one trial per processor, actors reused; in each trial TRL's SFTTrainer with the
-  MLflow callback of transformers; the held-out loss, the sampled responses, their judge and their scores by the functions
-  that emsweep calls; adapter and responses kept as artifacts;
+  MLflow callback of transformers; the held-out loss, the sampled responses, their judge and their scores by the
+  functions that emsweep calls; adapter and responses kept as artifacts;
 - alone: emsweep with `resources.backend=trl`, so without packing;
 - emsweep: as it comes.
 
