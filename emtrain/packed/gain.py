@@ -89,8 +89,8 @@ def packing(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, *, most
     fastest = min(seconds.values())
     enough = next(runs for runs, its in seconds.items() if WORTH * its <= fastest)
     # The last doubling may lead beyond what is wanted or has room, to a number that was not measured.
-    many = most if enough == max(seconds) and most < 2 * enough else enough
-    return Packing(many, reason, device, seconds)
+    many = 2 * enough if enough == max(seconds) else enough
+    return Packing(min(many, most), reason, device, seconds)
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,11 @@ def _measure(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, runs: 
     # On a CPU other processes take turns with this one; the time that they take is not ours.
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     still = spec.optimizer.model_copy(update={"learning_rate": 1e-12})  # a run that diverged would leave
+    total_steps = max(spec.total_steps(len(data.train)), 1 + TIMED_STEPS)
     with Engine(model, capacity=runs) as engine:
         for seed in range(runs):
             like = spec.model_copy(update={"seed": seed, "optimizer": still})
-            engine.join(like, data, total_steps=spec.total_steps(len(data.train)))
+            engine.join(like, data, total_steps=total_steps)
         engine.step()  # makes what is made only once: the states of optimisers, a GPU's kernels
         taken: list[float] = []
         while not taken or (len(taken) < TIMED_STEPS and sum(taken) < TIMED_SECONDS):
