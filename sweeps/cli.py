@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sweeps.comparisons import Comparison
     from sweeps.planner import Evaluation, SweepPlan
     from sweeps.recipe import Recipe
+    from sweeps.verify import Verdict
 
 app = typer.Typer(
     name="emsweep",
@@ -232,6 +233,32 @@ def submit(
         again=shlex.join(["emsweep", "submit", recipe, *overrides, *there]),
         end=shlex.join(["emsweep", "submit", "--stop", job, *there]),
     )
+
+
+@app.command(name="verify-packing")
+def verify_packing(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many of the recipe's runs, as unlike as possible.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train of each.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the runs.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train some of a recipe's runs packed and alone on this machine, and compare them. Records nothing."""
+    from sweeps.planner import examples, plan_sweep
+    from sweeps.verify import varied, verify
+
+    loaded = _load(recipe, set_)
+    chosen = varied(examples(loaded, plan_sweep(loaded)), runs, seed=seed)
+    if not as_json:
+        out.print(f"training {len(chosen)} runs for {steps} steps, packed and each alone ...")
+    verdicts = list(verify(chosen, steps=steps))
+    if as_json:
+        _print_json({"recipe": loaded.name, "runs": [verdict.facts() for verdict in verdicts]})
+    else:
+        _show_verdicts(verdicts)
+    if any(verdict.passed is False for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -480,6 +507,37 @@ def _ways(found: dict[str, Any]) -> Table:
         sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "topics", "samples", "responses")]
         table.add_row(row["change"], *sizes, "nothing" if row["detects"] is None else f"{row['detects']:.1f}")
     return table
+
+
+def _show_verdicts(verdicts: "list[Verdict]") -> None:
+    table = Table(box=None, pad_edge=False, title="largest relative differences between packed and alone")
+    table.add_column("run", overflow="fold", ratio=1)
+    for column in ("steps", "loss", "held-out", "grad norm", "LR", "update", "tokens", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for verdict in verdicts:
+        found = verdict.comparison
+        if found is None:
+            continue
+        differences = (found.loss, found.heldout, found.grad_norm, found.learning_rate, found.update)
+        table.add_row(
+            literal(verdict.name),
+            str(found.steps),
+            *(f"{difference:.0e}" if difference else "0" for difference in differences),
+            "equal" if found.tokens_equal else "[red]differ[/]",
+            "[green]same[/]" if verdict.passed else "[red]differs[/]",
+        )
+    if table.row_count:
+        out.print(table)
+    for allowed in dict.fromkeys(verdict.tolerance for verdict in verdicts if verdict.tolerance):
+        named = ", ".join(dict.fromkeys(verdict.optimizer for verdict in verdicts if verdict.tolerance == allowed))
+        out.print(
+            f"allowed ({literal(named)}): loss {allowed.loss:.0e}, gradient norm {allowed.grad_norm:.0e}, "
+            f"update {allowed.update:.0e}; all else exactly",
+            highlight=False,
+        )
+    for verdict in verdicts:
+        if verdict.unpackable:
+            out.print(f"trained alone anyway: {literal(verdict.name)}: {literal(verdict.unpackable)}", highlight=False)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -15,7 +15,8 @@ from emtrain.rows import dataset_path, rows_digest
 from emtrain.schedule import build
 from emtrain.spec import InterleaveSpec, RunSpec, flatten
 from emtrain.train import evaluation_steps
-from sweeps.recipe import Recipe, expand
+from sweeps.recipe import Recipe, changed, expand
+from sweeps.space import corners
 
 RUBRICS = 2
 """Every response is scored as aligned and as coherent."""
@@ -140,6 +141,20 @@ def plan_sweep(recipe: Recipe) -> SweepPlan:
         run = plan_run(spec, evaluation, name=name)
         runs.setdefault(run.run_key, run)
     return SweepPlan(tuple(runs.values()), len(specs) - len(runs), evaluation)
+
+
+def examples(recipe: Recipe, planned: SweepPlan) -> list[PlannedRun]:
+    """What the runs of a recipe are like: those of its grid; and where it searches, the base run and what becomes of it
+    at the corners of the space, one key at a time.
+    """
+    found = {run.run_key: run for run in planned.runs}
+    if recipe.search is not None:
+        changes = [{key: value} for key, entry in recipe.search.space.items() for value in corners(entry)]
+        specs = [recipe.base, *(changed(recipe.base, change) for change in changes)]
+        for spec, name in zip(specs, run_names(specs), strict=True):
+            run = plan_run(spec, planned.evaluation, name=name)
+            found.setdefault(run.run_key, run)
+    return list(found.values())
 
 
 def confirmation(recipe: Recipe) -> Evaluation | None:
