@@ -28,6 +28,12 @@ TOKENS = "train/tokens"  # cumulative, padding excluded
 HELDOUT_LOSS = "heldout/loss"  # mean over all held-out response tokens
 HELDOUT_LOSS_PER_SEQUENCE = "heldout/loss_per_sequence"  # mean over held-out rows of each row's mean
 
+# Of the weight update that a run's adapter stands for, at every evaluation point (see emtrain.low_rank). Where all
+# weights are trained there are none.
+ADAPTER_NORM = "adapter/norm"  # Frobenius norm over all adapted layers
+ADAPTER_STABLE_RANK = "adapter/stable_rank"  # mean over adapted layers
+ADAPTER_TURN = "adapter/turn"  # degrees between the update and that of the evaluation point before
+
 # Metrics once per run, at the last step
 LEARNING_RATE_INTEGRAL = "train/learning_rate_integral"  # sum over steps of the realised learning rate
 TRAIN_LOSS_LAST_TENTH = "train/loss_last_tenth"  # mean train/loss over the last 10 % of the steps
@@ -59,12 +65,20 @@ def base_metric(score: str, question_set: str) -> str:
 # Artifacts of a run
 SPEC = "spec.json"
 ADAPTER = "adapter"
-MODEL = "model"  # instead of an adapter, for full fine-tuning
+ADAPTERS = "adapters"  # "adapters/<step>": the adapter at the evaluation points before the last
+MODEL = "model"  # instead of an adapter, for full fine-tuning; of the last step only
 RESPONSES = "responses.parquet"
+
+
+def adapter_artifact(step: int, total_steps: int) -> str:
+    """The artifact folder with a run's adapter after ``step`` of its ``total_steps``."""
+    return ADAPTER if step == total_steps else f"{ADAPTERS}/{step}"
+
 
 # Artifacts of a sweep's parent run
 RECIPE = "recipe.yaml"
 REPORT = "report"
+GEOMETRY = "geometry"  # tables of what was measured between and around runs; see sweeps.geometry
 
 # Columns of responses.parquet: one row per response x judge. Scores are 0-100; None where there is none, and then
 # the *_failure column says why (see emeval.scores.Failure).

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -162,12 +163,18 @@ class SweepLog:
 
     def finished(self) -> list[tuple[dict[str, Any], dict[str, float]]]:
         """Specification and last metrics of every finished run that has a specification."""
-        found = []
-        for run in self.runs().values():
-            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in run.data.tags:
-                spec = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{names.SPEC}")
-                found.append((spec, run.data.metrics))
-        return found
+        return [
+            (self.spec(run), run.data.metrics)
+            for run in self.runs().values()
+            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in run.data.tags
+        ]
+
+    def spec(self, run: Run) -> dict[str, Any]:
+        """The specification that a run of emsweep was trained by."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = client(self.uri).download_artifacts(run.info.run_id, names.SPEC, scratch)
+            spec: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return spec
 
     def plan(
         self,
@@ -219,8 +226,9 @@ class SweepLog:
         self.set_status(run_id, "KILLED")
 
     def download(self, run_id: str, name: str, into: Path) -> Path | None:
-        """A copy of one artifact file of a run; None when the run has none of that name."""
-        if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id)):
+        """A copy of one artifact of a run, a file or a folder; None when the run has none of that name."""
+        folder, _, _ = name.rpartition("/")
+        if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id, folder or None)):
             return None
         return Path(client(self.uri).download_artifacts(run_id, name, str(into)))
 
