@@ -45,12 +45,12 @@ def collate(examples: Sequence[Example], *, device: "torch.device | str" = "cpu"
 
 
 def batches(
-    examples: Sequence[Example], *, device: "torch.device | str" = "cpu"
+    examples: Sequence[Example], *, rows: int = BATCH_ROWS, device: "torch.device | str" = "cpu"
 ) -> Iterator[dict[str, "torch.Tensor"]]:
-    """``examples`` in the layout that defines their loss: by length, then content, ``BATCH_ROWS`` at a time."""
+    """``examples`` sorted by length, then content, so many ``rows`` at a time."""
     ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids, example.labels))
-    for start in range(0, len(ordered), BATCH_ROWS):
-        yield collate(ordered[start : start + BATCH_ROWS], device=device)
+    for start in range(0, len(ordered), rows):
+        yield collate(ordered[start : start + rows], device=device)
 
 
 def token_losses(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":

@@ -14,6 +14,8 @@ from emtrain.tokens import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BACKWARD_ROWS = 4
+"""Rows per backward pass, which holds the activations of all layers."""
 SHARE_OF_STEP = 0.5
 """Length of a step of ``climb`` over that of the factors it moves."""
 
@@ -51,7 +53,7 @@ def backward_heldout_loss(model: "PreTrainedModel", examples: Sequence[Example])
     """Held-out loss per response token; its gradient is added to whatever in ``model`` asks for one."""
     tokens = sum(example.response_tokens for example in examples)
     total = 0.0
-    for batch in batches(examples, device=model.device):
+    for batch in batches(examples, rows=BACKWARD_ROWS, device=model.device):
         loss = token_losses(model, batch).sum() / tokens
         loss.backward()
         total += float(loss.detach())
@@ -93,17 +95,14 @@ def climb(loss: Callable[[Update], float], start: Update, *, steps: int) -> floa
         if turn == steps:
             break
         tensors = [tensor for matrix in factors.values() for tensor in (matrix.left, matrix.right)]
-        gradients = [tensor.grad for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         slope = _length(gradients)
         if not slope:
             break
+        rate = SHARE_OF_STEP * _length(tensors) / slope
         with torch.no_grad():
-            rate = SHARE_OF_STEP * _length(tensors) / slope
-            ascended = {
-                layer: LowRank(matrix.left + rate * matrix.left.grad, matrix.right + rate * matrix.right.grad)
-                for layer, matrix in factors.items()
-            }
-            step = _balanced(ascended, radius)
+            ascended = iter([tensor + rate * gradient for tensor, gradient in zip(tensors, gradients, strict=True)])
+            step = _balanced({layer: LowRank(next(ascended), next(ascended)) for layer in factors}, radius)
     return highest
 
 
@@ -120,5 +119,5 @@ def _balanced(step: Update, radius: float) -> Update:
     return balanced
 
 
-def _length(tensors: Sequence[torch.Tensor | None]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(t) for t in tensors if t is not None]).norm())
+def _length(tensors: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]).norm())

@@ -78,7 +78,7 @@ def adapter_artifact(step: int, total_steps: int) -> str:
 # Artifacts of a sweep's parent run
 RECIPE = "recipe.yaml"
 REPORT = "report"
-GEOMETRY = "geometry"  # tables of what was measured between and around runs; see sweeps.geometry
+GEOMETRY = "geometry"  # "geometry/<table>.parquet": what was measured between and around runs
 
 # Columns of responses.parquet: one row per response x judge. Scores are 0-100; None where there is none, and then
 # the *_failure column says why (see emeval.scores.Failure).
@@ -104,3 +104,30 @@ RESPONSE_COLUMNS = (
     "coherent_reply",  # str | None
     "coherent_failure",  # str | None
 )
+
+PAIR = ("run_a", "step_a", "run_b", "step_b")  # run ids, and updates done: whose adapters
+LINE = (*PAIR, "t")  # a point on the straight line between two updates, from a (0) to b (1)
+GEOMETRY_TABLES = {
+    "losses": (  # one row per point and held-out row
+        *LINE,
+        "row",  # int: number of the held-out row, the same in all tables of a dataset and model
+        "loss",  # float: sum over the row's response tokens, in nats
+        "tokens",  # int: response tokens
+    ),
+    # One row per point, response and judge.
+    "responses": (*LINE, *(column for column in RESPONSE_COLUMNS if column != "step")),
+    "updates": (  # one row per pair of measured runs of a model and dataset; see emtrain.low_rank
+        *PAIR,
+        "cosine",  # of the angle between the updates, all layers as one vector
+        *("norm_a", "norm_b"),
+        *("column_overlap", "column_by_chance", "column_angle"),  # of the spaces of outputs; angles in degrees
+        *("row_overlap", "row_by_chance", "row_angle"),  # of inputs
+    ),
+    "sharpness": (  # one row per loss in the ball around a run's update
+        *("run_id", "step"),
+        "kind",  # "none" (the update itself), "random" or "adversarial"
+        "radius",  # float: length of the step away, as a share of the update's norm
+        "draw",  # int: which random direction, from 0
+        "heldout_loss",  # per response token
+    ),
+}

@@ -6,6 +6,7 @@ from a checkpoint (or from its beginning) skips the points that are already ther
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import httpx
 import mlflow
+import pandas as pd
+import pyarrow as pa
 import sqlalchemy
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -36,6 +39,8 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from emtrain import names
 from emtrain.lookup import nearest
+
+log = logging.getLogger(__name__)
 
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -231,6 +236,22 @@ class SweepLog:
         if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id, folder or None)):
             return None
         return Path(client(self.uri).download_artifacts(run_id, name, str(into)))
+
+    def tables(self, folder: str) -> dict[str, pd.DataFrame]:
+        """The Parquet tables in an artifact folder of the sweep's parent run, by name.
+
+        One that can't be read is left out, with a warning: it is half there while it is written anew, and stays so
+        where that is cut off.
+        """
+        found = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            copied = self.download(self.parent_run_id, folder, Path(scratch))
+            for path in sorted(copied.glob("*.parquet")) if copied else ():
+                try:
+                    found[path.stem] = pd.read_parquet(path)
+                except pa.ArrowInvalid as error:
+                    log.warning("%s/%s can't be read and was left out: %s", folder, path.name, error)
+        return found
 
     def upload(self, run_id: str, path: Path) -> None:
         """Store a file with a run, in the place of one of the same name."""
