@@ -36,6 +36,8 @@ def pairs_table(records: Records) -> pd.DataFrame:
     found = pd.concat([tables[table][PAIR] for table in ("losses", "updates")]).drop_duplicates(ignore_index=True)
     runs = records.runs.set_index("run_id")
     found = found[found["run_a"].isin(runs.index) & found["run_b"].isin(runs.index)]
+    if found.empty:
+        return found
     for side in ("a", "b"):
         own = runs.loc[found[f"run_{side}"]]
         found[[f"name_{side}", f"loss_{side}", f"aligned_{side}"]] = own[["name", "heldout_loss", "aligned"]].to_numpy()

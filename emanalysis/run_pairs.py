@@ -54,7 +54,8 @@ def choose(records: Records, *, per_group: int, seed: int) -> pd.DataFrame:
 
     Taken in turn from the lists that ``WHY`` names, a pair from the first that has it: pairs of equal loss by their
     gap in alignment, the largest first; pairs of the second and third kind in an order drawn by ``seed``; the run
-    with the best alignment and that with the lowest loss. Columns: ``COLUMNS``.
+    with the best alignment and that with the lowest loss. Columns: ``COLUMNS``; of the two runs of a pair the one with
+    the smaller id is first, whatever was the reason to choose them.
     """
     runs = records.runs[~records.runs["run_id"].isin(without_adapters(records.runs)["run_id"])]
     rng = np.random.default_rng(seed)
@@ -68,8 +69,9 @@ def choose(records: Records, *, per_group: int, seed: int) -> pd.DataFrame:
             if turn is not None and len(pairs) < per_group:
                 pairs.setdefault((turn[0], turn[1]), turn[2])
         for (a, b), why in pairs.items():
-            ends = (own["run_id"][a], int(own["total_steps"][a]), own["run_id"][b], int(own["total_steps"][b]))
-            chosen.append((model, dataset, *ends, relation[a, b], bool(own["seed"][a] == own["seed"][b]), why))
+            ends = sorted((own["run_id"][place], int(own["total_steps"][place])) for place in (a, b))
+            same_seed = bool(own["seed"][a] == own["seed"][b])
+            chosen.append((model, dataset, *ends[0], *ends[1], relation[a, b], same_seed, why))
     return pd.DataFrame(chosen, columns=list(COLUMNS))
 
 

@@ -1,7 +1,8 @@
 """The held-out loss around what runs have found: on the straight line between two updates, and in a ball around one."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 BACKWARD_ROWS = 4
 """Rows per backward pass, which holds the activations of all layers."""
-SHARE_OF_STEP = 0.5
-"""Length of a step of ``climb`` over that of the factors it moves."""
 
 
 def between(a: Update, b: Update, t: float) -> Update:
@@ -77,47 +76,41 @@ def random_direction(update: Update, *, length: float, generator: torch.Generato
 
 
 def climb(loss: Callable[[Update], float], start: Update, *, steps: int) -> float:
-    """The highest loss that gradient ascent finds among steps of low rank no longer than ``start``.
+    """The highest loss that gradient ascent finds among steps of low rank that are as long as ``start``.
 
-    ``loss`` takes a step away from the point that is examined, whose factors ask for a gradient, leaves the gradient
-    with them and returns the loss there. After every step of the ascent the length is that of ``start`` again (as in
-    sharpness-aware minimisation, arXiv 2010.01412, whose ball is one of parameters). It is a lower bound of the
-    largest loss in the ball, at least that at ``start``.
+    ``loss`` takes a step away from the point that is examined, one of whose factors in each layer asks for a gradient,
+    leaves the gradient there and returns the loss. Every step of the ascent goes to where the gradient points, as in
+    sharpness-aware minimisation (arXiv 2010.01412), but in the space of weights, and with the best approximation of the
+    gradient in, by turns, the row spaces and the column spaces of the last step: a power iteration, whose result hangs
+    little on ``start``. It is a lower bound of the largest loss in the ball.
     """
-    radius = norm(start)
-    step, highest = _balanced(start, radius), -torch.inf
-    for turn in range(steps + 1):
-        factors = {
-            layer: LowRank(matrix.left.requires_grad_(), matrix.right.requires_grad_())
-            for layer, matrix in step.items()
-        }
+    length, step, highest = norm(start), start, -torch.inf
+    for turn in range(steps):
+        factors, asked = _half_orthonormal(step, rows=turn % 2 == 0)
         highest = max(highest, loss(factors))
-        if turn == steps:
-            break
-        tensors = [tensor for matrix in factors.values() for tensor in (matrix.left, matrix.right)]
-        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        slope = _length(gradients)
+        slope = math.sqrt(sum(float(_gradient(tensor).double().square().sum()) for tensor in asked.values()))
         if not slope:
-            break
-        rate = SHARE_OF_STEP * _length(tensors) / slope
-        with torch.no_grad():
-            ascended = iter([tensor + rate * gradient for tensor, gradient in zip(tensors, gradients, strict=True)])
-            step = _balanced({layer: LowRank(next(ascended), next(ascended)) for layer in factors}, radius)
-    return highest
+            return highest
+        step = {
+            layer: LowRank(uphill, matrix.right.detach())
+            if asked[layer] is matrix.left
+            else LowRank(matrix.left.detach(), uphill)
+            for layer, matrix in factors.items()
+            for uphill in (_gradient(asked[layer]) * (length / slope),)
+        }
+    return max(highest, loss(_half_orthonormal(step, rows=True)[0]))
 
 
-def _balanced(step: Update, radius: float) -> Update:
-    """``step`` at this length, with left and right factors of like size, which gradients of the two assume."""
-    factor = radius / norm(step)
-    balanced = {}
+def _half_orthonormal(step: Update, *, rows: bool) -> tuple[Update, Mapping[str, torch.Tensor]]:
+    """``step`` with orthonormal right (or left) factors, and by layer the other ones, which ask for a gradient."""
+    factors, asked = {}, {}
     for layer, matrix in step.items():
-        columns, values, rows = matrix.svd
-        root = (factor * values).sqrt()
-        balanced[layer] = LowRank(
-            (columns * root).to(matrix.left.dtype).detach(), (rows * root).T.to(matrix.right.dtype).detach()
-        )
-    return balanced
+        columns, values, other = matrix.svd
+        left, right = (columns * values, other.T) if rows else (columns, values[:, None] * other.T)
+        factors[layer] = LowRank(left.to(matrix.left.dtype), right.to(matrix.right.dtype))
+        asked[layer] = (factors[layer].left if rows else factors[layer].right).requires_grad_()
+    return factors, asked
 
 
-def _length(tensors: Sequence[torch.Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]).norm())
+def _gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -290,7 +290,7 @@ def outstanding(
             (there[run_a, step_a], there[run_b, step_b])
             for run_a, step_a, run_b, step_b in group[list(names.PAIR)].itertuples(index=False)
         ]
-        ends = list(dict.fromkeys(end for line in lines for end in line))
+        ends = sorted({end for line in lines for end in line}, key=lambda place: (place.run_id, place.step))
         between = [pair for pair in combinations(ends, 2) if key(*pair) not in angles]
         if between:
             tasks.append(Angles(between))

@@ -101,7 +101,7 @@ def quadratic(curvature: torch.Tensor) -> Callable[[Update], float]:
     def loss(step: Update) -> float:
         value = 0.5 * (curvature * (step["w"].left @ step["w"].right).square()).sum()
         value.backward()
-        return float(value.detach())
+        return value.item()
 
     return loss
 
