@@ -160,7 +160,7 @@ def cosines_figure(members: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
 
 
 def sharpness_figure(balls: pd.DataFrame) -> Figure:
-    radius = balls["radius"].iloc[0]
+    radius = balls["uphill_radius"].iloc[0]
     plot = blank("rise in held-out loss uphill", "aligned, 0–100")
     for schedule, (color, symbol) in looks(balls["schedule"]).items():
         own = balls[balls["schedule"].astype(str) == schedule]

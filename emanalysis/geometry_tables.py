@@ -195,19 +195,23 @@ def _some(group: Comparable) -> tuple[ScoreMatrix, pd.DataFrame]:
 
 
 def sharpness_table(records: Records) -> pd.DataFrame:
-    """One row per run with a measured ball: rise in held-out loss ``random`` (mean over directions) and ``uphill``."""
+    """One row per run with a measured ball: rise in held-out loss ``random`` (mean over directions) and ``uphill``.
+
+    Each with the length of its step, as a share of the update's norm.
+    """
     measured = records.geometry["sharpness"]
     if measured.empty:
         return pd.DataFrame()
-    by_kind = measured.groupby(["run_id", "step", "kind"])["heldout_loss"].mean().unstack("kind")
-    radius = measured.groupby(["run_id", "step"])["radius"].max()
+    means = measured.groupby(["run_id", "step", "kind"])[["heldout_loss", "radius"]].mean().unstack("kind")
+    by_kind, radius = means["heldout_loss"], means["radius"]
     spread = measured[measured["kind"] == "random"].groupby(["run_id", "step"])["heldout_loss"].std()
     rises = pd.DataFrame(
         {
-            "radius": radius,
             "random": by_kind["random"] - by_kind["none"],
             "random_sd": spread,
+            "random_radius": radius["random"],
             "uphill": by_kind["adversarial"] - by_kind["none"],
+            "uphill_radius": radius["adversarial"],
         }
     ).reset_index()
     columns = ["run_id", "name", *GROUP, "schedule", "optimizer", "learning_rate", "seed", "heldout_loss", "aligned"]
