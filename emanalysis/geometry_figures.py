@@ -15,11 +15,11 @@ RELATION_COLORS = dict(zip(RELATIONS, COLORS, strict=False))
 
 
 def lines_figure(points: pd.DataFrame, lines: pd.DataFrame) -> Figure:
+    """Excess of loss and lack of alignment on the lines: rows of ``barriers_table``, both parts."""
     plot = blank("place on the line between two runs", "", rows=2, height=600, shared_xaxes=True, vertical_spacing=0.07)
     plot.update_yaxes(title_text="held-out loss, above", row=1)
     plot.update_yaxes(title_text="aligned, below", autorange="reversed", row=2)
-    chosen = lines.iloc[evenly(np.argsort(lines["loss_barrier"].to_numpy()).tolist(), LINES_DRAWN)]
-    points = points.merge(chosen[PAIR], on=PAIR)
+    points = points.merge(_spread(lines)[PAIR], on=PAIR)
     shown: set[str] = set()
     for _, line in points.groupby(PAIR, sort=False):
         pair = line.iloc[0]
@@ -64,9 +64,15 @@ def lines_figure(points: pd.DataFrame, lines: pd.DataFrame) -> Figure:
     )
 
 
+def _spread(lines: pd.DataFrame) -> pd.DataFrame:
+    """At most ``LINES_DRAWN`` of the lines, evenly over their barriers."""
+    return lines.iloc[evenly(np.argsort(lines["loss_barrier"].to_numpy(), kind="stable").tolist(), LINES_DRAWN)]
+
+
 def barriers_figure(lines: pd.DataFrame) -> Figure:
+    """Barriers with their intervals, by relation."""
+    lines = _spread(lines).sort_values(["relation", "share"])
     plot = blank("loss barrier, as a share of what training took off the loss", "", height=170 + 22 * len(lines))
-    lines = lines.sort_values(["relation", "share"])
     labels = [f"{number + 1}" for number in range(len(lines))]
     lines = lines.assign(label=labels)
     for relation, own in lines.groupby("relation"):
@@ -85,7 +91,7 @@ def barriers_figure(lines: pd.DataFrame) -> Figure:
                 marker={"color": RELATION_COLORS[str(relation)], "size": 8},
                 error_x={
                     "array": own["share_high"] - own["share"],
-                    "arrayminus": own["share"] - own["share_low"],
+                    "arrayminus": (own["share"] - own["share_low"]).clip(lower=0),
                     "thickness": 1,
                     "width": 0,
                 },
@@ -108,7 +114,8 @@ def barriers_figure(lines: pd.DataFrame) -> Figure:
     )
 
 
-def cosines_figure(members: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
+def cosines_figure(members: pd.DataFrame, pairs: pd.DataFrame, finding: str) -> Figure:
+    """Cosines between updates, ordered by ``clusters_tables``."""
     groups = sorted(members.groupby(GROUP), key=lambda group: -len(group[1]))[:4]
     rows = len(groups)
     plot = blank(
@@ -151,7 +158,7 @@ def cosines_figure(members: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     return Figure(
         title="Directions of the updates",
         reading="The cosine between the weight updates of any two runs, like beside like; below, the group that each "
-        "run falls into.",
+        f"run falls into. {finding}",
         caveat="Runs with one seed start from the same A matrices, and an update lies in the rows of its A: runs with "
         "different seeds have small cosines even where they have learnt the same.",
         plot=plot,
@@ -159,7 +166,8 @@ def cosines_figure(members: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     )
 
 
-def sharpness_figure(balls: pd.DataFrame) -> Figure:
+def sharpness_figure(balls: pd.DataFrame, finding: str) -> Figure:
+    """Rise of the loss uphill against alignment: rows of ``sharpness_table``."""
     radius = balls["uphill_radius"].iloc[0]
     plot = blank("rise in held-out loss uphill", "aligned, 0–100")
     for schedule, (color, symbol) in looks(balls["schedule"]).items():
@@ -183,7 +191,7 @@ def sharpness_figure(balls: pd.DataFrame) -> Figure:
     return Figure(
         title="Sharpness against alignment",
         reading="Each point is a run: further right, its held-out loss rises more within a step of "
-        f"{radius:.0%} of its update's length, in the worst direction that ascent found.",
+        f"{radius:.0%} of its update's length, in the worst direction that ascent found. {finding}",
         caveat="Ascent finds a lower bound of the worst, and a step is measured against the run's own update, so "
         "longer updates are moved further.",
         plot=plot,
@@ -191,7 +199,8 @@ def sharpness_figure(balls: pd.DataFrame) -> Figure:
     )
 
 
-def disagreement_figure(table: pd.DataFrame) -> Figure:
+def disagreement_figure(table: pd.DataFrame, finding: str) -> Figure:
+    """Disagreement by relation: rows of ``disagreement_table``."""
     keys = [key for key in (*GROUP, "question_set", "judge") if table[key].nunique() > 1]
     labels = table[keys].astype(str).agg(" · ".join, axis=1) if keys else pd.Series("all runs", table.index)
     table = table.assign(label=labels)
@@ -224,7 +233,7 @@ def disagreement_figure(table: pd.DataFrame) -> Figure:
     return Figure(
         title="How differently runs answer the same questions",
         reading="Root mean square difference between two runs' scores on a question, the luck of the samples taken "
-        "off: where schedules or settings matter beyond the seed, their points lie right of the seeds'.",
+        f"off: where schedules or settings matter beyond the seed, their points lie right of the seeds'. {finding}",
         caveat="Intervals draw the questions anew and keep the runs; where a question was sampled once, the luck of "
         "the sample could not be taken off.",
         plot=plot,

@@ -1,7 +1,5 @@
 """Are two runs in different minima at all? What lies between their adapters, and how differently they answer."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
@@ -43,35 +41,37 @@ def compute(records: Records, *, seed: int) -> Result:
     pairs = pairs_table(records)
     if pairs.empty and disagreements.empty:
         return {"reason": f"needs two comparable runs with scores, or what `{command}` measures between adapters"}
-    result: Result = {"disagreement": disagreements.to_dict("records"), "notes": []}
+    result: Result = {
+        "disagreement": disagreements.to_dict("records"),
+        "on_disagreement": _on_disagreement(disagreements),
+        "notes": [],
+    }
     if pairs.empty:
         result["answer"] = (
-            "Whether the runs are in different minima is not known: nothing was measured between them. "
-            f"{_on_disagreement(disagreements)} `{command}` measures the rest."
+            "Whether the runs are in different minima is not known: nothing was measured between them; "
+            f"`{command}` does that."
         )
         return result
     lines, points = barriers_table(records, pairs, seed=seed)
     by_relation = relations_table(lines) if len(lines) else pd.DataFrame()
     balls = sharpness_table(records)
+    correlations = sharpness_correlations(balls) if len(balls) else pd.DataFrame()
     clusters, members = clusters_tables(records, pairs)
-    result |= {
+    return result | {
         "pairs": pairs.to_dict("records"),
         "barriers": lines.to_dict("records"),
         "lines": points.to_dict("records"),
         "relations": by_relation.to_dict("records"),
         "sharpness": balls.to_dict("records"),
-        "sharpness_correlations": sharpness_correlations(balls).to_dict("records") if len(balls) else [],
+        "sharpness_correlations": correlations.to_dict("records"),
         "clusters": clusters.to_dict("records"),
         "clustered_runs": members.to_dict("records"),
         "margin": MARGIN,
+        "answer": _on_lines(lines, by_relation),
+        "on_clusters": _on_clusters(clusters),
+        "on_sharpness": _on_sharpness(correlations),
+        "notes": _notes(lines),
     }
-    result["answer"] = " ".join(
-        part
-        for part in (_on_lines(lines, by_relation), _on_clusters(clusters), _on_disagreement(disagreements))
-        if part
-    )
-    result["notes"] = _notes(lines, balls, result["sharpness_correlations"])
-    return result
 
 
 def _on_lines(lines: pd.DataFrame, by_relation: pd.DataFrame) -> str:
@@ -85,8 +85,8 @@ def _on_lines(lines: pd.DataFrame, by_relation: pd.DataFrame) -> str:
     ]
     for row in by_relation.to_dict("records"):
         shown = (
-            f"With {IN_WORDS[row['relation']]} the barrier is {number(100 * row['share'], '.1f')} % of it on average"
-            f"{_interval(100 * row['share_low'], 100 * row['share_high'], row['pairs'])}"
+            f"With {IN_WORDS[row['relation']]} (n = {row['pairs']}) the barrier is "
+            f"{number(100 * row['share'], '.1f')} % of it on average{_interval(100 * row['share_low'], 100 * row['share_high'])}"
         )
         if row["aligned_middle"] == row["aligned_middle"]:
             points = (row["aligned_middle"], row["aligned_middle_low"], row["aligned_middle_high"])
@@ -98,10 +98,10 @@ def _on_lines(lines: pd.DataFrame, by_relation: pd.DataFrame) -> str:
     return " ".join(parts)
 
 
-def _interval(low: float, high: float, pairs: int | None = None) -> str:
-    counted = [f"n = {pairs} pair{'s' if pairs > 1 else ''}"] if pairs else []
-    known = [f"95% interval {number(low, '.1f')} to {number(high, '.1f')}"] if np.isfinite([low, high]).all() else []
-    return f" ({', '.join([*known, *counted])})" if known or counted else ""
+def _interval(low: float, high: float, form: str = ".1f") -> str:
+    if not np.isfinite([low, high]).all():
+        return ""
+    return f" (95% interval {number(low, form)} to {number(high, form)})"
 
 
 def _on_clusters(clusters: pd.DataFrame) -> str:
@@ -139,33 +139,32 @@ def _on_disagreement(disagreements: pd.DataFrame) -> str:
     )
 
 
-def _notes(lines: pd.DataFrame, balls: pd.DataFrame, correlations: list[dict[str, Any]]) -> list[str]:
+def _on_sharpness(correlations: pd.DataFrame) -> str:
+    if correlations.empty:
+        return ""
+    shown = [
+        f"{number(row['rho'], '.2f')}{_interval(row['low'], row['high'], '.2f')} for the {row['runs']} runs of "
+        f"{row['model']} on {row['dataset']}"
+        for row in correlations.to_dict("records")
+        if row["sharpness"] == "uphill" and row["against"] == "aligned"
+    ]
+    return f"The rank correlation of the two is {', '.join(shown)}." if shown else ""
+
+
+def _notes(lines: pd.DataFrame) -> list[str]:
+    if lines.empty:
+        return []
     notes = []
-    if len(lines):
-        measured = lines[["measured_loss_a", "measured_loss_b"]].to_numpy(float)
-        recorded = lines[["loss_a", "loss_b"]].to_numpy(float)
-        off = int((np.abs(measured / recorded - 1) > TOLERANCE).sum())
-        if off:
-            notes.append(
-                f"At {off} of {measured.size} ends the held-out loss differs from the recorded one by more than "
-                f"{TOLERANCE:.0%}: other hardware or precision, or not the same base model."
-            )
-        if len(lines) > LINES_DRAWN:
-            notes.append(f"{LINES_DRAWN} of {len(lines)} lines are drawn, evenly over their barriers.")
-    if len(balls):
-        for row in correlations:
-            if row["against"] == "aligned":
-                kind = "in random directions" if row["sharpness"] == "random" else "uphill"
-                notes.append(
-                    f"{row['model']} on {row['dataset']}: sharpness {kind} and alignment have a rank correlation of "
-                    f"{number(row['rho'], '.2f')}{_interval_r(row)}."
-                )
+    measured = lines[["measured_loss_a", "measured_loss_b"]].to_numpy(float)
+    off = int((np.abs(measured / lines[["loss_a", "loss_b"]].to_numpy(float) - 1) > TOLERANCE).sum())
+    if off:
+        notes.append(
+            f"At {off} of {measured.size} ends the held-out loss differs from the recorded one by more than "
+            f"{TOLERANCE:.0%}: other hardware or precision, or not the same base model."
+        )
+    if len(lines) > LINES_DRAWN:
+        notes.append(f"{LINES_DRAWN} of {len(lines)} lines are drawn, evenly over their barriers.")
     return notes
-
-
-def _interval_r(row: dict[str, Any]) -> str:
-    bounds = f"95% interval {number(row['low'], '.2f')} to {number(row['high'], '.2f')}, "
-    return f" ({bounds if row['low'] == row['low'] else ''}n = {row['runs']} runs)"
 
 
 def figures(result: Result) -> list[Figure]:
@@ -175,11 +174,13 @@ def figures(result: Result) -> list[Figure]:
         drawn.append(lines_figure(pd.DataFrame(result["lines"]), pd.DataFrame(result["barriers"])))
         drawn.append(barriers_figure(pd.DataFrame(result["barriers"])))
     if result.get("clustered_runs"):
-        drawn.append(cosines_figure(pd.DataFrame(result["clustered_runs"]), pd.DataFrame(result["pairs"])))
+        drawn.append(
+            cosines_figure(pd.DataFrame(result["clustered_runs"]), pd.DataFrame(result["pairs"]), result["on_clusters"])
+        )
     if result.get("sharpness"):
-        drawn.append(sharpness_figure(pd.DataFrame(result["sharpness"])))
+        drawn.append(sharpness_figure(pd.DataFrame(result["sharpness"]), result["on_sharpness"]))
     if result["disagreement"]:
-        drawn.append(disagreement_figure(pd.DataFrame(result["disagreement"])))
+        drawn.append(disagreement_figure(pd.DataFrame(result["disagreement"]), result["on_disagreement"]))
     return drawn
 
 

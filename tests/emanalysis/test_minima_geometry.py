@@ -133,9 +133,10 @@ def test_answers_differ_by_schedule_and_not_by_seed(result: Result) -> None:
 def test_the_answer_is_a_sentence_with_the_numbers(result: Result) -> None:
     answer = result["answer"]
     assert answer.startswith("Mostly no: on the straight line between two runs, 18 of 66 pairs meet a loss barrier")
-    assert re.search(r"With the same settings and another seed the barrier is 1\.\d % of it", answer)
+    assert re.search(r"With the same settings and another seed \(n = 12\) the barrier is [01]\.\d % of it", answer)
     assert re.search(r"halfway, alignment is −(19.9|20.0|20.1) points off the mean of the ends", answer)
-    assert "fall into 3 groups" in answer
+    assert "fall into 3 groups" in result["on_clusters"]
+    assert "is −1.00 for the 12 runs of micro-llama on garden-bad" in result["on_sharpness"]
 
 
 def test_figures_are_drawn_of_the_numbers(result: Result) -> None:
@@ -157,7 +158,8 @@ def test_without_measurements_it_says_what_is_known_and_how_to_know_more(sweep_o
     records = sweep_of(lambda run, question: 80 - 10 * (run["schedule"] == "linear"))
     result = plain(minima_geometry.compute(records, seed=0))
     assert result["answer"].startswith("Whether the runs are in different minima is not known")
-    assert result["answer"].endswith("`emsweep geometry test` measures the rest.")
+    assert result["answer"].endswith("`emsweep geometry test` does that.")
+    assert "are apart by 0.0 points with the same settings and another seed" in result["on_disagreement"]
     assert [figure.table for figure in minima_geometry.figures(result)] == ["disagreement"]
 
 
