@@ -84,9 +84,10 @@ def _on_lines(lines: pd.DataFrame, by_relation: pd.DataFrame) -> str:
         f"{MARGIN:.0%} of what training took off the loss, and {joined} meet none of that size."
     ]
     for row in by_relation.to_dict("records"):
+        percent, low, high = (100 * row[column] for column in ("share", "share_low", "share_high"))
         shown = (
-            f"With {IN_WORDS[row['relation']]} (n = {row['pairs']}) the barrier is "
-            f"{number(100 * row['share'], '.1f')} % of it on average{_interval(100 * row['share_low'], 100 * row['share_high'])}"
+            f"With {IN_WORDS[row['relation']]} (n = {row['pairs']}) the barrier is {number(percent, '.1f')} % of it on "
+            f"average{_interval(low, high)}"
         )
         if row["aligned_middle"] == row["aligned_middle"]:
             points = (row["aligned_middle"], row["aligned_middle_low"], row["aligned_middle_high"])
