@@ -63,7 +63,8 @@ def choose(records: Records, *, per_group: int, seed: int) -> pd.DataFrame:
     for (model, dataset), group in runs.groupby(["model", "dataset"], sort=True):
         own = group.reset_index(drop=True)
         relation = relations(own, settings(records))
-        turns = chain.from_iterable(zip_longest(*_lists(own, relation, rng)))
+        # Of twice as many as are wanted half may be known from the lists before; no list needs more.
+        turns = chain.from_iterable(zip_longest(*_lists(own, relation, rng, most=2 * per_group)))
         pairs: dict[tuple[int, int], str] = {}
         for turn in turns:
             if turn is not None and len(pairs) < per_group:
@@ -76,9 +77,9 @@ def choose(records: Records, *, per_group: int, seed: int) -> pd.DataFrame:
 
 
 def _lists(
-    runs: pd.DataFrame, relation: NDArray[np.object_], rng: np.random.Generator
+    runs: pd.DataFrame, relation: NDArray[np.object_], rng: np.random.Generator, *, most: int
 ) -> Iterator[list[tuple[int, int, str]]]:
-    """The lists of ``WHY``: places of two runs, the first before the second, and why."""
+    """The first ``most`` of each list of ``WHY``: places of two runs, the first before the second, and why."""
     first, second = np.triu_indices(len(runs), k=1)
     kind = relation[first, second]
     loss, aligned = np.log(runs["heldout_loss"].to_numpy(float)), runs["aligned"].to_numpy(float)
@@ -87,7 +88,7 @@ def _lists(
     ordered = [equal[np.argsort(-gap[equal], kind="stable")]]
     ordered += [rng.permutation(np.flatnonzero(kind == wanted)) for wanted in (SEEDS, SCHEDULES)]
     for why, places in zip(WHY, ordered, strict=False):
-        yield [(int(first[place]), int(second[place]), why) for place in places]
+        yield [(int(first[place]), int(second[place]), why) for place in places[:most]]
     if np.isfinite(aligned).any() and np.isfinite(loss).any():
         ends = sorted((int(np.nanargmax(aligned)), int(np.nanargmin(loss))))
         yield [(ends[0], ends[1], WHY[-1])] if ends[0] != ends[1] else []

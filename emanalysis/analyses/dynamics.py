@@ -54,6 +54,7 @@ def compute(records: Records, *, seed: int) -> Result:
 
     began = onsets(trajectories)
     adapters = adapter_paths(records, trajectories, began)
+    optimizers = by_optimizer(trajectories, began)
     earlier = earlier_checkpoints(trajectories)
     stops = [stopped_at(earlier, share) for share in KEPT]
     names = records.runs[["run_id", "name"]]
@@ -62,8 +63,10 @@ def compute(records: Records, *, seed: int) -> Result:
         "earlier_checkpoints": earlier.to_dict("records"),
         "early_stopping": stops,
         "adapters": adapters.to_dict("records"),
-        "optimizers": by_optimizer(trajectories, began).to_dict("records"),
-        "answer": _answer(began, stops[KEPT.index(QUOTED)]) + _on_adapters(adapters, began),
+        "optimizers": optimizers.to_dict("records"),
+        "answer": _answer(began, stops[KEPT.index(QUOTED)])
+        + _on_adapters(adapters, began)
+        + _on_optimizers(optimizers),
     }
 
 
@@ -101,6 +104,21 @@ def _on_adapters(adapters: pd.DataFrame, began: pd.DataFrame) -> str:
     if len(spared):
         sentence += f"; the {len(spared)} that did not fall ended at {number(spared.median())}"
     return sentence + "."
+
+
+def _on_optimizers(optimizers: pd.DataFrame) -> str:
+    """A sentence on the model and dataset with most runs under several optimisers; empty where there is none."""
+    several = [group for _, group in optimizers.groupby(["model", "dataset"]) if len(group) > 1]
+    if not several:
+        return ""
+    largest = max(several, key=lambda group: group["runs"].sum())
+    shown = [
+        f"{row['fell']} of {row['runs']} with {row['optimizer']} (at the end: held-out loss "
+        f"{number(row['heldout_loss'], '.3f')} in the median, aligned {number(row['aligned'], '.1f')} on average)"
+        for row in largest.to_dict("records")
+    ]
+    where = largest.iloc[0]
+    return f" Of {where['model']} on {where['dataset']} fell {', '.join(shown)}."
 
 
 def _answer(began: pd.DataFrame, stop: dict[str, Any]) -> str:
