@@ -10,10 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from emeval.spec import EvalSpec
 from emtrain import names
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog, client
-from sweeps.geometry import Angles, Ball, Line, Place, Tables, key, outstanding
+from sweeps.geometry import Angles, Ball, Line, Place, Surveyor, Tables, key, outstanding
+from sweeps.planner import Evaluation
+from sweeps.record import Setting
 
 RECIPE = """
 name: tiny
@@ -72,6 +75,17 @@ def test_what_was_measured_is_not_measured_again(there: dict[tuple[str, int], Pl
     assert [type(task) for task in tasks] == [Ball, Line]
     assert tasks[0].place.run_id == "b"
     assert (tasks[1].losses_at, tasks[1].asked_at) == ((0.5,), ())
+
+
+def test_a_measurement_that_fails_gives_its_reason_in_a_line_and_no_rows(tmp_path: Path) -> None:
+    class Failing:
+        def measure(self, surveyor: Surveyor) -> Tables:
+            raise ValueError("run a has no artifact adapter\nand more")
+
+    evaluation = Evaluation.load(EvalSpec(questions=("micro-broad",), samples=1, judges=("micro-rule",)))
+    surveyor = Surveyor(SweepLog("", "", ""), Setting("", tmp_path), evaluation)
+    task = Failing()
+    assert surveyor.measure(task) == (task, {}, "run a has no artifact adapter")
 
 
 Emsweep = Callable[..., "subprocess.CompletedProcess[str]"]
