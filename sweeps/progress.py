@@ -46,6 +46,8 @@ class Board:
 
     def __post_init__(self) -> None:
         self.began = self.clock()
+        self.measured_from = self.began, 0
+        """Time and steps done; later than the beginning once runs advance, since models and workers come first."""
 
     @classmethod
     def of(cls, runs: Sequence[PlannedRun], *, already_done: int, expected: int = 0) -> "Board":
@@ -76,11 +78,16 @@ class Board:
         known = sum(run.total_steps for run in runs)
         return done, round(known * (self.total - self.already_done) / max(len(runs), 1))
 
+    def advanced(self) -> None:
+        """A run came to an evaluation point. The first to do so ends the time of preparation."""
+        if self.measured_from[1] == 0:
+            self.measured_from = self.clock(), self.steps[0]
+
     def seconds_left(self) -> float | None:
-        """From the steps done so far; None before the first evaluation point of any run."""
+        """From the steps done so far; None before there is something to measure."""
         done, total = self.steps
-        elapsed = self.clock() - self.began
-        return elapsed * (total - done) / done if done else None
+        since, before = self.measured_from
+        return (self.clock() - since) * (total - done) / (done - before) if done > before else None
 
     def best(self) -> list[tuple[str, RunState]]:
         """The lowest held-out loss and the highest alignment among finished runs, each with its label."""
@@ -133,6 +140,7 @@ class Display:
         """The run came to an evaluation point."""
         run = self.board.runs[run_key]
         run.step = int(metrics["steps"])
+        self.board.advanced()
         _read(run, metrics)
 
     def ended(self, run_key: str, status: str, metrics: Mapping[str, float], failure: str | None) -> None:

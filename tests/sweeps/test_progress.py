@@ -56,21 +56,8 @@ def test_counts_follow_the_runs() -> None:
     assert "3 done  1 running  1 failed  1 left" in shown(board)
 
 
-def test_time_left_is_told_from_the_steps_that_are_done() -> None:
-    """Of 40 steps 10 + 5 + 0 took 30 s; a run that failed has no steps left. 25 left - 10 = 15 done of 40: 50 s."""
-    clock = Clock()
-    board = make_board("a", "b", "c", "d", clock=clock)
-    display, _ = make_display(board, terminal=False)
-    assert board.seconds_left() is None
-    clock.now += 30
-    display.ended("a", "FINISHED", metrics(10, 0.5, 90), None)
-    display.advanced("b", metrics(5, 0.5, 90))
-    assert board.seconds_left() == pytest.approx(30 / 15 * 25)
-    display.ended("b", "FAILED", {}, "x")
-    assert board.seconds_left() == pytest.approx(30 / 20 * 20)
-
-
 def test_outside_a_terminal_there_is_a_line_for_every_run_that_ended_and_nothing_else() -> None:
+    """From the first evaluation on 5 steps took 65 s, and 10 are left."""
     clock = Clock()
     board = make_board("seed=0", "seed=1", clock=clock)
     display, written = make_display(board, terminal=False, width=40)
@@ -81,7 +68,7 @@ def test_outside_a_terminal_there_is_a_line_for_every_run_that_ended_and_nothing
         display.ended("seed=0", "FINISHED", metrics(10, 0.5, 91.5), None)
         display.ended("seed=1", "FAILED", {}, "the loss is nan at step 3")
     assert written.getvalue().splitlines() == [
-        "[1/2] finished  seed=0  loss 0.500  aligned 91.5  1:05 min left",
+        "[1/2] finished  seed=0  loss 0.500  aligned 91.5  2:10 min left",
         "[2/2] failed  seed=1  loss -  aligned -  (the loss is nan at step 3)",
     ]
     assert "\x1b" not in written.getvalue()
@@ -158,6 +145,23 @@ def test_the_last_line_has_no_time_left() -> None:
     board = make_board("a")
     board.runs["a"].status = "FINISHED"
     assert "left" not in line(board, board.runs["a"])
+
+
+def test_time_left_is_told_from_the_steps_since_runs_came_to_advance() -> None:
+    """100 s pass before the first 10 of 40 steps are known, then 6 s for 5 more: the 25 that are left take 30 s. When
+    a run fails after 5 of its 10 steps, 10 are over in these 6 s and 20 are left."""
+    clock = Clock()
+    board = make_board("a", "b", "c", "d", clock=clock)
+    display, _ = make_display(board, terminal=False)
+    assert board.seconds_left() is None
+    clock.now += 100
+    display.advanced("a", metrics(10, 0.5, 90))
+    assert board.seconds_left() is None
+    clock.now += 6
+    display.advanced("b", metrics(5, 0.5, 90))
+    assert board.seconds_left() == pytest.approx(30)
+    display.ended("b", "FAILED", {}, "x")
+    assert board.seconds_left() == pytest.approx(12)
 
 
 def test_runs_that_a_search_is_still_to_find_count_as_left() -> None:
