@@ -4,9 +4,10 @@
 
 Two sweeps are run, 28 runs of a few seconds each. ``planted`` has two configurations with six seeds: the dataset alone,
 and benign rows of another topic between its rows, with which alignment stays at no more in-domain loss. Its null sweep
-is the first configuration with sixteen seeds. The verdict is then asked for what is there (the two configurations), and
-for what is not there: seeds of the null sweep that are dealt out to two configurations in name only. With several seeds
-the verdict is a confirmation on held-back seeds and questions, with one seed it is by the null sweep.
+is the first configuration with sixteen seeds, those of ``planted`` among them. The verdict is then asked for what is
+there (the two configurations), and for what is not there: seeds of the null sweep that are dealt out to two
+configurations in name only. With several seeds the verdict is a confirmation on held-back seeds and questions, with one
+seed it is by the null sweep.
 """
 
 import argparse

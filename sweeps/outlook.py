@@ -287,8 +287,8 @@ def _kinds(recipe: Recipe, specs: list[RunSpec]) -> list[Kind]:
     for spec in specs:
         # All that cost depends on; the optimiser's other arguments and the schedule are not among it.
         cost = (
-            spec.model, spec.dataset, spec.heldout_fraction, spec.max_length, spec.batch_size, spec.micro_batch_size,
-            spec.epochs, spec.max_steps, spec.adapter, spec.optimizer.name, spec.precision,
+            spec.model, spec.dataset, spec.interleave, spec.heldout_fraction, spec.max_length, spec.batch_size,
+            spec.micro_batch_size, spec.epochs, spec.max_steps, spec.adapter, spec.optimizer.name, spec.precision,
         )  # fmt: skip
         known = found.get(cost) or _kind("grid", spec, recipe)
         found[cost] = replace(known, runs=known.runs + 1)

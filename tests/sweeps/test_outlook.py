@@ -93,6 +93,16 @@ def test_tokens_are_estimated_from_bytes_where_there_is_no_tokenizer_and_cut(rec
     assert facts({**recipe, "base": {**recipe["base"], "max_length": 15}})["tokens"] == 360
 
 
+def test_interleaved_runs_are_counted_with_the_steps_they_take_more(recipe: dict[str, Any]) -> None:
+    """Three rows are 2 batches of two; with as many others between they are 3."""
+    base = {**recipe["base"], "epochs": 1}
+    del base["max_steps"]
+    other = {"dataset": recipe["base"]["dataset"], "fraction": 0.5}
+    found = facts({**recipe, "base": base, "grid": {"interleave": [None, other], "seed": [0, 1]}})
+    assert (found["runs"], found["steps"]) == (4, 2 * 2 + 2 * 3)
+    assert [rows["train_rows"] for rows in found["datasets"].values()] == [3, 6]
+
+
 def test_a_search_and_its_confirmation_are_counted(recipe: dict[str, Any]) -> None:
     """10 trials of 2 seeds; 3 winners and the baseline with 4 seeds, asked the shipped narrow set as well: 32 wordings
     of 5 samples beside the 20. The base is asked once for the grid and search, once for the confirmation."""
