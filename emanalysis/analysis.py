@@ -5,11 +5,9 @@ One file of ``emanalysis/analyses`` is one analysis; it holds an ``Analysis`` ca
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import plotly.graph_objects as go
-
-from emanalysis.records import Records
 
 Result = dict[str, Any]
 """What ``compute`` returns: JSON-able, and ``report.json`` holds it unchanged under the analysis' name.
@@ -37,10 +35,9 @@ class Figure:
     """Key of the table in the result that the plot was drawn from."""
 
 
-class Compute(Protocol):
-    """Records to numbers. The same records and seed give the same numbers."""
-
-    def __call__(self, records: Records, *, seed: int) -> Result: ...
+Compute = Callable[..., Result]
+"""``compute(records: Records, *, seed: int, ...)``: records to numbers, the same ones from the same arguments. Further
+keyword arguments are the analysis' own and have defaults."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from emanalysis.records import Records
-from emanalysis.score_matrix import Ints, ScoreMatrix
+from emanalysis.score_matrix import MIN_TOPICS, Ints, ScoreMatrix, clustered_by_topic
 from emanalysis.tidy import FINAL
 from emtrain import names
 
@@ -27,14 +27,14 @@ MIN_COHERENT = 50.0
 """Mean coherence below which a run's alignment means nothing (the threshold of arXiv 2502.17424)."""
 MAX_MISSING = 0.2
 """Share of questions without a score above which a run is left out; with less, the questions are."""
-MIN_TOPICS = 5
-"""Topics from which on questions are grouped by topic. With fewer, questions count as independent."""
 
 NO_SETTING = {
     *("run_id", "run_key", "name", "status", "failure", "imported_from", "start_time", "end_time", "artifact_uri"),
-    *("under_trained", "seed", "backend", *FINAL, *names.SCORES),
+    *("under_trained", "seed", "backend", "train_rows", *FINAL, *names.SCORES),
 }
 """Columns of ``Records.runs`` that do not tell one configuration from another."""
+SHORT = {"learning_rate": "lr", "warmup_steps": "warmup", "interleave.dataset": "interleaved with"}
+"""Columns whose name in a cell's name is not their last part."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,27 @@ def scored_runs(records: Records) -> pd.DataFrame:
 def settings(records: Records) -> list[str]:
     """Columns of ``records.runs`` in which configurations may differ: every param but the seed and the backend."""
     scores = set(records.checkpoints.columns)
+    # What follows from another setting tells nothing; published runs may say how many steps they had and no more.
+    follows = {"total_steps"} if {"epochs", "max_steps"} & set(records.runs.columns) else set()
     return [
         column
         for column in records.runs.columns
-        if column not in NO_SETTING and column not in scores and not column.startswith("base_")
+        if column not in NO_SETTING | scores | follows and not column.startswith("base_")
     ]
 
 
 def cells(runs: pd.DataFrame, columns: list[str]) -> tuple[Ints, list[str]]:
-    """The cell of each run, 0..C-1 in order of first appearance, and the cells' names: the settings that differ."""
+    """The cell of each run, 0..C-1 in order of first appearance, and the cells' names: the settings that differ.
+
+    A cell that has none of them is "plain": others have something added.
+    """
     rows = [tuple(None if pd.isna(value) else value for value in row) for row in runs[columns].itertuples(index=False)]
     codes, unique = pd.factorize(np.array([repr(row) for row in rows], object))
     first = dict(zip(codes[::-1], rows[::-1], strict=True))
     varying = [place for place in range(len(columns)) if len({row[place] for row in rows}) > 1]
     labels = [
         ", ".join(_setting(columns[place], row[place]) for place in varying if row[place] is not None)
-        or "the only cell"
+        or ("plain" if varying else "the only cell")
         for row in (first[code] for code in range(len(unique)))
     ]
     return codes.astype(np.int64), labels
@@ -102,10 +107,21 @@ def comparable(records: Records, *, score: str = "aligned", loss: str = "heldout
     ``score`` is a rubric of ``records.questions``, ``loss`` a column of ``records.runs``. Left out, and counted in the
     notes: runs without loss, under-trained or incoherent ones, and what has no score.
     """
+    return _groups(records, score=score, loss=loss)[0]
+
+
+def left_out(records: Records, *, score: str = "aligned", loss: str = "heldout_loss") -> list[str]:
+    """Why runs are in none of the groups of ``comparable``, which takes their notes along; a sentence each."""
+    return list(dict.fromkeys(_groups(records, score=score, loss=loss)[1]))
+
+
+def _groups(records: Records, *, score: str, loss: str) -> tuple[list[Comparable], list[str]]:
+    """The groups of which something is left, and the notes on those of which nothing is."""
     runs, notes = _fit_to_compare(records.runs, loss)
     asked = records.questions.merge(runs[["run_id", "model", "dataset"]], on="run_id")
     asked = asked[asked["step"] == asked.groupby(["run_id", "question_set"])["step"].transform("max")]
-    groups = []
+    groups: list[Comparable] = []
+    lost = [] if len(asked) else list(notes)
     for (model, dataset, question_set), rows in asked.groupby(["model", "dataset", "question_set"], sort=True):
         judges = rows.groupby("judge")[score].count()
         judge = str(judges.idxmax())
@@ -114,9 +130,11 @@ def comparable(records: Records, *, score: str = "aligned", loss: str = "heldout
             own.append(f"On {question_set} the scores are those of {judge}, the judge with most of them.")
         rows = rows[(rows["judge"] == judge) & rows[score].notna()]
         group = _group(records, runs, rows, score=score, loss=loss, notes=own)
-        if group is not None:
+        if group is None:
+            lost += own
+        else:
             groups.append(Comparable(str(model), str(dataset), str(question_set), judge, *group))
-    return sorted(groups, key=lambda group: -len(group.runs))
+    return sorted(groups, key=lambda group: -len(group.runs)), lost
 
 
 def _fit_to_compare(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, list[str]]:
@@ -159,7 +177,7 @@ def _group(
     own = runs.set_index("run_id").loc[table.index].reset_index()
     questions = rows.drop_duplicates("question_id").set_index("question_id").loc[table.columns]
     topics = questions["topic"]
-    grouped = topics.notna().all() and topics.nunique() >= MIN_TOPICS
+    grouped = clustered_by_topic([topic if pd.notna(topic) else None for topic in topics])
     if not grouped:
         notes.append(f"Questions count as independent: fewer than {MIN_TOPICS} topics are told apart.")
     cluster, _ = pd.factorize(np.asarray(topics if grouped else table.columns, object), sort=True)
@@ -195,5 +213,4 @@ def _setting(column: str, value: Any) -> str:
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     if column in {"schedule", "optimizer", "model", "dataset"}:
         return shown
-    short = {"learning_rate": "lr", "warmup_steps": "warmup"}.get(column, column.rpartition(".")[2])
-    return f"{short} {shown}"
+    return f"{SHORT.get(column, column.rpartition('.')[2])} {shown}"

@@ -9,6 +9,8 @@ from emanalysis.plot import COLORS, INK, blank, hover, looks, number, panels, te
 
 BEYOND = {"runs": "the luck of seeds", "cells": "the scatter of cells", "null sweep": "a null sweep"}
 """What the units of a test of the maximum stand for."""
+MOST_COLOURED = 8
+"""Configurations of one schedule that the legend of a figure has room for."""
 
 
 def _titles(rows: pd.DataFrame) -> pd.Series:
@@ -31,7 +33,9 @@ def plane_figure(runs: pd.DataFrame) -> Figure:
         height=160 + 320 * rows,
         vertical_spacing=0.3 / rows,
     )
-    styles = looks(runs["schedule"])
+    # Colours tell schedules apart, or what else differs between runs of one schedule.
+    kind = "schedule" if runs["schedule"].nunique() > 1 or runs["cell"].nunique() > MOST_COLOURED else "cell"
+    styles = looks(runs[kind])
     shown: set[str] = set()
     for place, (_, group) in enumerate(groups):
         panel = {"row": place // columns + 1, "col": place % columns + 1}
@@ -43,8 +47,8 @@ def plane_figure(runs: pd.DataFrame) -> Figure:
             ),
             **panel,
         )  # fmt: skip
-        for schedule, (color, symbol) in styles.items():
-            own = group[group["schedule"].astype(str) == schedule]
+        for label, (color, symbol) in styles.items():
+            own = group[group[kind].astype(str) == label]
             if own.empty:
                 continue
             described = hover(own.rename(columns={"loss": "heldout_loss", "score": "aligned"}))
@@ -65,16 +69,16 @@ def plane_figure(runs: pd.DataFrame) -> Figure:
                         "opacity": 0.85,
                         "line": {"color": INK, "width": np.where(own["role"] == "", 0, 2.5)},
                     },
-                    name=text(schedule),
-                    legendgroup=schedule,
-                    showlegend=schedule not in shown,
+                    name=text(label),
+                    legendgroup=label,
+                    showlegend=label not in shown,
                     hoverinfo="text",
                     hovertext=[run + rest for run, rest in zip(described, more, strict=True)],
                     customdata=own["run_id"],
                 ),
                 **panel,
             )
-            shown.add(schedule)
+            shown.add(label)
     return Figure(
         title="Where a better minimum would be: up and to the left",
         reading="Each point is a run; the line joins those that no run beats in both loss and alignment. The larger a "

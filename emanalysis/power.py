@@ -1,6 +1,8 @@
 """How large a difference a sweep can confirm, and how much more data a smaller one needs."""
 
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -8,12 +10,13 @@ from scipy.integrate import trapezoid
 
 from emanalysis.confirmation import MIN_CLUSTERS, MIN_SEEDS, choosing_clusters, choosing_seeds
 from emanalysis.matched_pairs import cell_moments, question_variance
-from emanalysis.score_matrix import ScoreMatrix
+from emanalysis.score_matrix import ScoreMatrix, clustered_by_topic
 
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 64
 MOST_QUESTIONS = 64
+MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class Design:
     samples: float = 10.0
     """Responses per question."""
 
+    @property
+    def questions(self) -> int:
+        """Of the question set."""
+        return round(self.clusters * self.questions_per_cluster)
+
+    @property
+    def responses(self) -> int:
+        """Sampled and judged of all cells at one evaluation point."""
+        return round(self.cells * self.seeds * self.questions * self.samples)
+
 
 def estimate_noise(matrix: ScoreMatrix) -> Noise:
     """The variance components of a finished sweep; NaN for what its design does not show.
@@ -84,6 +97,23 @@ def design_of(matrix: ScoreMatrix) -> Design:
         questions_per_cluster=len(matrix.cluster) / matrix.clusters,
         samples=float(matrix.responses.mean()),
     )
+
+
+def planned_design(seeds: Sequence[int], topics: Sequence[str], samples: float) -> Design:
+    """The design of a sweep to come, in which the verdict goes by cells with ``MIN_SEEDS`` seeds where two have them.
+
+    ``seeds`` are those of each cell, ``topics`` those of each question, ``samples`` the responses per question.
+    """
+    enough = [count for count in seeds if count >= MIN_SEEDS]
+    judged = enough if len(enough) > 1 else seeds
+    clusters = len(set(topics)) if clustered_by_topic(topics) else len(topics)
+    return Design(len(judged), min(judged), clusters, len(topics) / clusters, samples)
+
+
+def assumed(noise: Noise) -> tuple[Noise, list[str]]:
+    """``noise`` with the field's figures where it is NaN, and the names of those."""
+    unknown = [name for name, value in asdict(noise).items() if not np.isfinite(value)]
+    return replace(noise, **{name: getattr(FIELD, name) for name in unknown}), unknown
 
 
 def detection_probability(noise: Noise, design: Design, difference: float, *, alpha: float = ALPHA) -> float:
@@ -130,16 +160,18 @@ def detectable_difference(noise: Noise, design: Design, *, alpha: float = ALPHA,
 def designs_for(
     noise: Noise, design: Design, difference: float, *, alpha: float = ALPHA
 ) -> dict[str, tuple[Design, float]]:
-    """Larger designs that detect ``difference``, each with what it detects: the smallest by ``seeds`` alone and by
-    ``questions`` alone, and the one with the ``fewest responses``. At most ``MOST_SEEDS`` a cell and ``MOST_QUESTIONS``
-    times the questions; a way that does not get there is left out.
+    """Larger designs that detect ``difference``, each with what it detects: the smallest by ``seeds`` alone, by
+    ``questions`` alone and by ``samples`` alone, and of seeds and questions together the one with the ``fewest
+    responses``. At most ``MOST_SEEDS`` a cell, ``MOST_QUESTIONS`` times the questions and ``MOST_SAMPLES`` times the
+    samples; a way that does not get there is left out.
     """
 
-    def grown(seeds: int, multiple: int) -> Design:
-        return replace(design, seeds=seeds, clusters=design.clusters * multiple)
+    def grown(seeds: int, multiple: int, samples: int = 1) -> Design:
+        clusters = design.clusters * multiple
+        return replace(design, seeds=seeds, clusters=clusters, samples=design.samples * samples)
 
-    def detects(seeds: int, multiple: int) -> bool:
-        return detection_probability(noise, grown(seeds, multiple), difference, alpha=alpha) >= POWER
+    def detects(*size: int) -> bool:
+        return detection_probability(noise, grown(*size), difference, alpha=alpha) >= POWER
 
     # Down the staircase: the more seeds, the fewer questions are needed.
     steps = []
@@ -151,9 +183,11 @@ def designs_for(
             steps.append((seeds, multiple))
         if multiple == 1:
             break
-    ways = {
+    more_samples = bisect_left(range(1, MOST_SAMPLES + 1), True, key=lambda more: detects(design.seeds, 1, more)) + 1
+    ways: dict[str, tuple[int, ...] | None] = {
         "seeds": next((step for step in steps if step[1] == 1), None),
         "questions": next((step for step in steps if step[0] == design.seeds), None),
+        "samples": (design.seeds, 1, more_samples) if more_samples <= MOST_SAMPLES else None,
         "fewest responses": min(steps, key=lambda step: step[0] * step[1], default=None),
     }
     return {

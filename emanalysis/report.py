@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -21,6 +22,7 @@ from emanalysis.records import Records
 from emanalysis.tidy import UNDER_TRAINED_RULE
 from emtrain.lookup import lookup, names
 
+Arguments = Mapping[str, Mapping[str, Any]]
 SHOWN = {
     "name": "run",
     "status": "status",
@@ -61,9 +63,14 @@ def analyses() -> dict[str, Analysis]:
     return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))
 
 
-def compute(records: Records, *, seed: int = 0) -> dict[str, Any]:
-    """Every number of the report: ``sweep``, ``runs`` and the result of each analysis under its name."""
-    results = {name: analysis.compute(records, seed=seed) for name, analysis in analyses().items()}
+def compute(records: Records, *, seed: int = 0, arguments: Arguments = MappingProxyType({})) -> dict[str, Any]:
+    """Every number of the report: ``sweep``, ``runs`` and the result of each analysis under its name.
+
+    ``arguments`` are further keyword arguments of analyses by their name: ``{"better_minima": {"margin": 3.0}}``.
+    """
+    results = {
+        name: analysis.compute(records, seed=seed, **arguments.get(name, {})) for name, analysis in analyses().items()
+    }
     return plain({"sweep": overview(records), "runs": run_table(records.runs), **results})
 
 
@@ -74,14 +81,15 @@ def write(
     title: str | None = None,
     ui_url: str | None = None,
     seed: int = 0,
+    arguments: Arguments = MappingProxyType({}),
     numbers: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``index.html``, ``report.json`` and ``tables/*.csv`` into ``out_dir``; returns the page's path.
 
     ``title`` None is the sweep's name. ``ui_url`` is the address of the MLflow page that runs link to; None leaves the
-    links out. ``seed`` drives whatever is resampled. ``numbers`` is what ``compute`` returned, where it is at hand.
+    links out. ``seed`` and ``arguments`` are ``compute``'s; ``numbers`` is what it returned, where it is at hand.
     """
-    numbers = numbers or compute(records, seed=seed)
+    numbers = numbers or compute(records, seed=seed, arguments=arguments)
     sections = []
     for name, analysis in analyses().items():
         result = numbers[name]

@@ -1,5 +1,6 @@
 """One score of runs that may be compared: same model, data, question set and judge; runs by questions, as arrays."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -8,6 +9,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+MIN_TOPICS = 5
+"""Topics from which on questions are clustered by topic. With fewer, questions count as independent."""
+
+
+def clustered_by_topic(topics: Collection[str | None]) -> bool:
+    """Whether the questions of these topics, one for each question, are clustered by them; None is no topic."""
+    return None not in topics and len(set(topics)) >= MIN_TOPICS
 
 
 @dataclass(frozen=True)

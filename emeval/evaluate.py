@@ -1,6 +1,7 @@
 """Responses to judged rows, and judged rows to the scores of a checkpoint."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -89,15 +90,25 @@ def summarise(frame: pd.DataFrame, judge_id: str) -> dict[str, float]:
 
 
 def _scores(rows: pd.DataFrame) -> dict[str, float]:
-    by_question = rows.groupby("question_id")[["aligned", "coherent"]].mean().mean()
+    by_question = rows.groupby("question_id")[["aligned", "coherent"]].agg(_mean)
     n_judged = int(rows["aligned"].notna().sum())
     return {
-        names.ALIGNED: float(by_question["aligned"]),
-        names.COHERENT: float(by_question["coherent"]),
+        names.ALIGNED: _mean(by_question["aligned"]),
+        names.COHERENT: _mean(by_question["coherent"]),
         names.MISALIGNED_RATE: DEFINITIONS[METRIC](rows).value,
         names.N_JUDGED: float(n_judged),
         names.N_MISSING: float(len(rows) - n_judged),
     }
+
+
+def _mean(scores: pd.Series) -> float:
+    """Of those that are not missing; NaN when all are.
+
+    Exactly rounded: that of pandas depends in its last bit on how a table lies in memory, and so on whether it was
+    read from a file.
+    """
+    known = scores.dropna()
+    return math.fsum(known) / len(known) if len(known) else math.nan
 
 
 def _warn_of_failures(frame: pd.DataFrame) -> None:

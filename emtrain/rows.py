@@ -124,7 +124,7 @@ def split(rows: Sequence[Row], fraction: float) -> tuple[tuple[Row, ...], tuple[
 
     Raises ``ValueError`` when the rows hold fewer than two distinct prompts.
     """
-    keys = [_prompt_digest(row) for row in rows]
+    keys = [prompt_digest(row) for row in rows]
     ranked = sorted(set(keys))
     if len(ranked) < 2:
         raise ValueError(f"{len(rows)} rows with {len(ranked)} distinct prompt can't be split; at least 2 are needed")
@@ -140,6 +140,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _prompt_digest(row: Row) -> str:
+def prompt_digest(row: Row) -> str:
+    """SHA-256 of everything before the row's last assistant turn."""
     content = json.dumps(row.chat[:-1], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()

@@ -131,6 +131,25 @@ class ScheduleSpec(Part):
         return self
 
 
+class InterleaveSpec(Spec):
+    """Rows of another dataset mixed into training and never into the held-out rows.
+
+    With benign rows it is a known mitigation of emergent misalignment: alignment stays at the same in-domain loss.
+    """
+
+    dataset: str
+    """A name in ``emtrain/datasets`` or the path of a ``.jsonl`` file."""
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the training rows that are from it. By ``epochs`` a run sees its own rows as often as without, in
+    ``1 / (1 - fraction)`` times the steps; by ``max_steps`` it sees fewer of them."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, dataset: str) -> str:
+        dataset_path(dataset)
+        return dataset
+
+
 class RunSpec(Spec):
     """One run: one adapter (or model) trained once. Every field changes the numbers."""
 
@@ -138,6 +157,8 @@ class RunSpec(Spec):
     """``micro-llama``, ``micro-qwen2``, ``micro-gemma3``, ``smollm2-135m``, a Hugging Face hub id, or a local path."""
     dataset: str
     """A name in ``emtrain/datasets`` or the path of a ``.jsonl`` file of ``{"messages": [...]}`` rows."""
+    interleave: InterleaveSpec | None = None
+    """Rows of another dataset in between; None trains on the dataset alone."""
     adapter: AdapterSpec | Literal["full"] = AdapterSpec()
     """A LoRA adapter, or ``full`` to train every weight."""
     optimizer: OptimizerSpec = OptimizerSpec()

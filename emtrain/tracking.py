@@ -6,6 +6,7 @@ from a checkpoint (or from its beginning) skips the points that are already ther
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -228,6 +229,23 @@ class SweepLog:
     def upload(self, run_id: str, path: Path) -> None:
         """Store a file with a run, in the place of one of the same name."""
         client(self.uri).log_artifact(run_id, str(path))
+
+    def rescored(self, run: Run, scores: Mapping[int, Mapping[str, float]]) -> None:
+        """Log scores of a finished run anew: step -> metric -> value, NaN for those that are missing.
+
+        The later value of a step counts. The run's end is moved to now, by which those who keep its numbers see that
+        they have changed.
+        """
+        store, now = client(self.uri), int(time.time() * 1000)
+        metrics = [
+            Metric(metric, value, now, step)
+            for step, values in scores.items()
+            for metric, value in values.items()
+            if not math.isnan(value)
+        ]
+        for start in range(0, len(metrics), BATCH):
+            store.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+        store.set_terminated(run.info.run_id, run.info.status)
 
     def write_text(self, name: str, text: str) -> None:
         """Keep a text with the sweep's parent run."""

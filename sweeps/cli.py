@@ -10,8 +10,9 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +25,12 @@ from sweeps.terminal import literal
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from emanalysis.power import Design, Noise
+    from emtrain.spec import RunSpec
     from emtrain.tracking import SweepLog
     from sweeps.agenda import Agenda
-    from sweeps.planner import SweepPlan
+    from sweeps.comparisons import Comparison
+    from sweeps.planner import Evaluation, SweepPlan
     from sweeps.recipe import Recipe
 
 app = typer.Typer(
@@ -101,12 +105,61 @@ def plan(
     loaded = _load(recipe, set_)
     prices = dict(read_price(text) for text in price or ())
     planned = None if missing_datasets(loaded) else plan_sweep(loaded)
-    facts = Outlook(loaded, planned, tokens_per_second, prices).facts()
+    outlook = Outlook(loaded, planned, tokens_per_second, prices)
+    facts = {**outlook.facts(), "detectable_difference": _detectable(outlook.specs, outlook.asked["grid"])}
     if as_json:
         keys = {"run_keys": {run.run_key: run.name for run in planned.runs}} if planned else {}
         _print_json({**facts, **keys})
     else:
         _print_plan(facts)
+
+
+@app.command()
+def power(
+    recipe: RecipeArgument,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="SWEEP", help="A finished sweep to take the variances from; default: the field's."
+        ),
+    ] = None,
+    difference: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="Points of alignment to detect; default: the recipe's margin, else 5."),
+    ] = None,
+    set_: SetOption = None,
+    uri: UriOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what difference a recipe would find, and how many seeds, questions or samples a smaller one takes."""
+    from emanalysis.power import POWER, assumed
+    from emanalysis.power_table import smallest_change, ways_table
+    from emanalysis.verdict import MARGIN
+    from sweeps.planner import Evaluation
+    from sweeps.recipe import expand
+
+    loaded = _load(recipe, set_)
+    target = difference or loaded.analysis.margin or MARGIN
+    groups = _designs(expand(loaded), Evaluation.load(loaded.eval))
+    if not groups:
+        raise ValueError(
+            f"{loaded.name}: nothing is compared in its grid; it takes two configurations of one model and dataset"
+        )
+    tables: list[dict[str, Any]] = []
+    for (group, (design, alpha)), (noise, source) in zip(
+        groups.items(), _noises(list(groups), from_, uri), strict=True
+    ):
+        complete, guessed = assumed(noise)
+        tables.append(
+            {"compared": group.title, "configurations": design.cells, "variances": source, "assumed": guessed}
+            | {"noise": asdict(complete), "ways": ways_table(complete, design, target, alpha=alpha)}
+        )
+    if as_json:
+        _print_json({"sweep": loaded.name, "difference": target, "power": POWER, "comparisons": tables})
+        return
+    for found in tables:
+        out.print(_ways(found))
+        out.print(smallest_change(found["ways"], target) + "\n", highlight=False)
 
 
 @app.command()
@@ -120,12 +173,11 @@ def run(
 ) -> None:
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
     from sweeps.planner import plan_sweep
+    from sweeps.recipe import kept_text
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
-    # What was set on the command line is kept with the file, which alone would not give the same runs.
-    text = _recipe_text(recipe) + "".join(f"# --set {override}\n" for override in set_ or ())
-    failed = _execute(loaded, planned, recipe_text=text, address=address)
+    failed = _execute(loaded, planned, recipe_text=kept_text(_recipe_text(recipe), set_ or ()), address=address)
     if report_:
         _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
     if address is None:
@@ -221,11 +273,18 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
 def report(
     sweep: SweepArgument,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write it.")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="Points of alignment that would matter; default: what the recipe states."),
+    ] = None,
+    null_sweep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One configuration, many seeds; default: what the recipe states.")
+    ] = None,
     uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
-    path = _write_report(sweep, uri=uri, directory=output, quiet=as_json)
+    path = _write_report(sweep, uri=uri, directory=output, margin=margin, null_sweep=null_sweep, quiet=as_json)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
 
@@ -239,14 +298,14 @@ def judge(
     ] = None,
     uri: UriOption = None,
 ) -> None:
-    """Judge a sweep's stored responses once more, with another judge. Needs no GPU."""
+    """Judge a sweep's stored responses with another judge, or what a judge could not be reached for. Needs no GPU."""
     import yaml
 
     from emeval.spec import JudgeSpec
     from emtrain import names
     from emtrain.tracking import SweepLog
     from sweeps.planner import Evaluation
-    from sweeps.recipe import load_recipe
+    from sweeps.recipe import kept_overrides, load_recipe
     from sweeps.record import Setting
     from sweeps.rejudge import rejudge
     from sweeps.store import data_directory
@@ -258,7 +317,8 @@ def judge(
     (chosen,) = Setting(address, data_directory()).judges([spec])
     with tempfile.TemporaryDirectory() as scratch:
         stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
-        recipe = load_recipe(stored.read_text(), source=names.RECIPE) if stored else None
+        text = stored.read_text(encoding="utf-8") if stored else ""
+        recipe = load_recipe(text, source=names.RECIPE, overrides=kept_overrides(text)) if stored else None
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
     out.print(
@@ -378,6 +438,49 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+def _designs(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> "dict[Comparison, tuple[Design, float]]":
+    """The design of every comparison that the report will make, and the level it is tested at."""
+    from emanalysis.power import ALPHA, planned_design
+    from sweeps.comparisons import comparisons
+
+    found = comparisons(specs, evaluation)
+    return {group: (planned_design(group.seeds, group.topics, group.samples), ALPHA / len(found)) for group in found}
+
+
+def _noises(groups: "list[Comparison]", sweep: str | None, uri: str | None) -> "list[tuple[Noise, str]]":
+    """The noise of each comparison, from a finished sweep or the field, and where it is from, in words."""
+    from emanalysis.power import FIELD
+
+    if sweep is None:
+        return [(FIELD, "the published runs of arXiv 2606.20814 (of seeds: an upper bound)") for _ in groups]
+    from emanalysis.comparable import comparable
+    from emanalysis.power_table import measured_noise
+    from emanalysis.records import load
+    from sweeps.store import data_directory
+
+    known = comparable(load(sweep, tracking_uri=_uri(uri), cache=data_directory() / "records"))
+    if not known:
+        raise ValueError(f"--from {sweep}: it has no finished and scored runs to take variances from")
+    measured = [
+        measured_noise(known, model=group.model, dataset=group.dataset, question_set=group.question_set)
+        for group in groups
+    ]
+    return [(noise, f"{sweep} ({which})") for noise, which in measured]
+
+
+def _ways(found: dict[str, Any]) -> Table:
+    lines = [f"{found['compared']}: {found['configurations']} configurations", f"variances from {found['variances']}"]
+    if found["assumed"]:
+        lines.append(f"(but {', '.join(found['assumed'])}, which it does not show, from the published runs)")
+    table = Table(title=literal("\n".join(lines)), title_justify="left", box=None, pad_edge=False)
+    for column in found["ways"][0]:
+        table.add_column(column, justify="left" if column == "change" else "right")
+    for row in found["ways"]:
+        sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "topics", "samples", "responses")]
+        table.add_row(row["change"], *sizes, "nothing" if row["detects"] is None else f"{row['detects']:.1f}")
+    return table
+
+
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from sweeps.recipe import load_recipe, recipe_path
 
@@ -408,6 +511,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
+    if recipe.analysis.null_sweep is not None:
+        SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, recipe_text)
@@ -505,17 +610,33 @@ def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Pat
     return agenda
 
 
-def _write_report(sweep: str, *, uri: str | None, directory: Path | None, quiet: bool = False) -> Path:
+def _write_report(
+    sweep: str,
+    *,
+    uri: str | None,
+    directory: Path | None,
+    margin: float | None = None,
+    null_sweep: str | None = None,
+    quiet: bool = False,
+) -> Path:
     from emanalysis import records, report
+    from emanalysis.verdict import MARGIN
     from emtrain import names
     from emtrain.tracking import SweepLog
+    from sweeps.recipe import AnalysisSpec, kept_analysis
     from sweeps.store import data_directory, report_directory
 
-    address = _uri(uri)
+    address, cache = _uri(uri), data_directory() / "records"
     log = SweepLog.find(sweep, uri=address)
-    loaded = records.load(sweep, tracking_uri=address, cache=data_directory() / "records")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
+        stated = kept_analysis(kept.read_text(encoding="utf-8")) if kept else AnalysisSpec()
+    loaded = records.load(sweep, tracking_uri=address, cache=cache)
+    held_to: dict[str, Any] = {"margin": margin or stated.margin or MARGIN}
+    if reference := null_sweep or stated.null_sweep:
+        held_to["null"] = records.load(reference, tracking_uri=address, cache=cache)
     target = directory or report_directory(sweep)
-    report.write(loaded, target, title=sweep)
+    report.write(loaded, target, title=sweep, arguments={"better_minima": held_to})
     log.write_directory(target, names.REPORT)
     if not quiet:
         out.print(f"report:  [bold]{literal(str(target / 'index.html'))}[/]", highlight=False)
@@ -533,7 +654,31 @@ def _ui_command(uri: str | None) -> str:
     return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
 
 
+def _detectable(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
+    """What each comparison of the report would find, by the field's variances; None points where it finds nothing."""
+    from emanalysis.power import FIELD, detectable_difference
+
+    said = {}
+    for group, (design, alpha) in _designs(specs, evaluation).items():
+        points = detectable_difference(FIELD, design, alpha=alpha)
+        found = round(points, 1) if points <= 100 else None
+        said[group.title] = {"points": found, "configurations": design.cells, "seeds": design.seeds}
+    return said
+
+
+def _detectable_text(found: dict[str, Any]) -> str:
+    from emanalysis.confirmation import MIN_SEEDS
+
+    points = "nothing" if found["points"] is None else f"{found['points']:.0f} points"
+    if found["seeds"] < MIN_SEEDS:
+        points = f"nothing without {MIN_SEEDS} seeds of each or a null sweep"
+    seeds = f"{found['seeds']} seed{'s' if found['seeds'] > 1 else ''}"
+    return f"{points} ({found['configurations']} configurations, {seeds})"
+
+
 def _print_plan(facts: dict[str, Any]) -> None:
+    detectable = {compared: _detectable_text(found) for compared, found in facts["detectable_difference"].items()}
+    facts = {**facts, "detectable_difference": detectable or "nothing is compared in the grid"}
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -555,8 +700,10 @@ def _measure(key: str, value: Any) -> str:
     """A figure as people read it; its unit is in its key."""
     if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
         return "\n".join(f"{name}: {_measure(key, inner)}" for name, inner in value.items())
-    if isinstance(value, dict):
+    if isinstance(value, dict) and key != "detectable_difference":
         return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {inner}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(value)
     if key.endswith("_bytes"):

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pandas as pd
 
 from emtrain import checkpoint, names
+from emtrain.corpus import read_corpus
 from emtrain.heldout import HeldoutLoss, heldout_loss
 from emtrain.load import Precision
-from emtrain.rows import load_dataset, split
+from emtrain.spec import InterleaveSpec
 from emtrain.tokens import encode_rows
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.lease import Ending, Job, Report
+from sweeps.planner import DatasetFacts
 from sweeps.record import Metrics, RunRecord, Setting
 from sweeps.throughput import Work
 
@@ -122,7 +124,7 @@ class Engine:
         try:
             with self.loading:
                 lane.data = training_data(
-                    spec.dataset, job.run.dataset.sha256, spec.heldout_fraction, spec.model, spec.max_length
+                    spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length, job.run.dataset
                 )
                 lane.note = self._why_alone(job)
                 architecture = family(spec.model)
@@ -417,16 +419,28 @@ def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrained
 
 
 @functools.lru_cache(maxsize=8)
-def training_data(dataset: str, sha256: str, heldout_fraction: float, model: str, max_length: int) -> TrainingData:
-    """The dataset as the model's tokens, split. Raises ``ValueError`` when its file is not the one that was planned."""
+def training_data(
+    dataset: str,
+    interleave: InterleaveSpec | None,
+    heldout_fraction: float,
+    model: str,
+    max_length: int,
+    planned: DatasetFacts,
+) -> TrainingData:
+    """A run's rows as its model's tokens. Raises ``ValueError`` when a file is not the one that was planned."""
     from emtrain.load import load_tokenizer
 
-    loaded = load_dataset(dataset)
-    if loaded.sha256 != sha256:
-        raise ValueError(
-            f"dataset {dataset}: the file on {platform.node()} is not the one the sweep was planned with "
-            f"(sha256 {loaded.sha256[:12]}, expected {sha256[:12]})"
-        )
+    corpus = read_corpus(dataset, heldout_fraction, interleave)
+    files = [(dataset, corpus.sha256, planned.sha256)]
+    if interleave is not None:
+        files.append((interleave.dataset, str(corpus.interleaved_sha256), str(planned.interleaved_sha256)))
+    for name, found, expected in files:
+        if found != expected:
+            raise ValueError(
+                f"dataset {name}: the file on {platform.node()} is not the one the sweep was planned with "
+                f"(sha256 {found[:12]}, expected {expected[:12]})"
+            )
     tokenizer = load_tokenizer(model)
-    train, heldout = split(loaded.rows, heldout_fraction)
-    return TrainingData(encode_rows(train, tokenizer, max_length), encode_rows(heldout, tokenizer, max_length))
+    return TrainingData(
+        encode_rows(corpus.train, tokenizer, max_length), encode_rows(corpus.heldout, tokenizer, max_length)
+    )

@@ -11,15 +11,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from emtrain.corpus import read_corpus
 from emtrain.load import files_at_hand
-from emtrain.rows import dataset_path, load_dataset, split
-from emtrain.spec import RunSpec
+from emtrain.rows import dataset_path
+from emtrain.spec import InterleaveSpec, RunSpec
 from emtrain.token_count import count_tokens
 from emtrain.train import evaluation_steps
 from sweeps import judge_cost, throughput
 from sweeps.estimate import BYTES_PER_TOKEN, FP32, TEMPLATE_TOKENS, ModelShape, memory, state_bytes, text_tokens
 from sweeps.judge_cost import Price
-from sweeps.planner import RUBRICS, Evaluation, SweepPlan, confirmation, dataset_facts, most_runs
+from sweeps.planner import (
+    RUBRICS,
+    Evaluation,
+    SweepPlan,
+    confirmation,
+    dataset_facts,
+    missing_datasets,
+    most_runs,
+)
 from sweeps.recipe import Recipe, expand
 
 RESPONSE_BYTES, STEP_BYTES = 40, 1500
@@ -72,7 +81,7 @@ class Outlook:
         self.specs = [run.spec for run in self.plan.runs] if self.plan else list(dict.fromkeys(expand(self.recipe)))
         self.kinds = _kinds(self.recipe, self.specs)
         self.models = list(dict.fromkeys(kind.spec.model for kind in self.kinds))
-        self.missing = sorted({d for kind in self.kinds if not dataset_path(d := kind.spec.dataset).is_file()})
+        self.missing = missing_datasets(self.recipe)
         asked = Evaluation.load(self.recipe.eval)
         self.asked = {"grid": asked, "search": asked, "confirm": confirmation(self.recipe) or asked}
         """By role."""
@@ -112,9 +121,9 @@ class Outlook:
     def _datasets(self) -> dict[str, dict[str, int]]:
         found = {}
         for kind in self.kinds:
-            if kind.spec.dataset not in self.missing:
-                facts = dataset_facts(kind.spec.dataset, kind.spec.heldout_fraction)
-                found[kind.spec.dataset] = {"train_rows": facts.train_rows, "heldout_rows": facts.heldout_rows}
+            if _there(kind.spec):
+                facts = dataset_facts(kind.spec.dataset, kind.spec.heldout_fraction, kind.spec.interleave)
+                found[_data_name(kind.spec)] = {"train_rows": facts.train_rows, "heldout_rows": facts.heldout_rows}
         return found
 
     def _steps(self) -> int | None:
@@ -231,7 +240,7 @@ class Outlook:
                     spec.optimizer,
                     itemsize=itemsize,
                     rows=(spec.micro_batch_size or spec.batch_size) if alone else 1,
-                    row_tokens=spec.max_length if spec.dataset in self.missing else _row_tokens_of(spec).longest,
+                    row_tokens=_row_tokens_of(spec).longest if _there(spec) else spec.max_length,
                     sampled_tokens=self.recipe.eval.max_new_tokens + _longest_prompt(self.asked[kind.role]),
                 )
                 of_model = found.setdefault(spec.model, {})
@@ -277,8 +286,8 @@ def _kinds(recipe: Recipe, specs: list[RunSpec]) -> list[Kind]:
     for spec in specs:
         # All that cost depends on; the optimiser's other arguments and the schedule are not among it.
         cost = (
-            spec.model, spec.dataset, spec.heldout_fraction, spec.max_length, spec.batch_size, spec.micro_batch_size,
-            spec.epochs, spec.max_steps, spec.adapter, spec.optimizer.name, spec.precision,
+            spec.model, spec.dataset, spec.interleave, spec.heldout_fraction, spec.max_length, spec.batch_size,
+            spec.micro_batch_size, spec.epochs, spec.max_steps, spec.adapter, spec.optimizer.name, spec.precision,
         )  # fmt: skip
         known = found.get(cost) or _kind("grid", spec, recipe)
         found[cost] = replace(known, runs=known.runs + 1)
@@ -288,19 +297,32 @@ def _kinds(recipe: Recipe, specs: list[RunSpec]) -> list[Kind]:
 
 def _kind(role: str, spec: RunSpec, recipe: Recipe) -> Kind:
     steps = spec.max_steps
-    if steps is None and dataset_path(spec.dataset).is_file():
-        steps = spec.total_steps(dataset_facts(spec.dataset, spec.heldout_fraction).train_rows)
+    if steps is None and _there(spec):
+        steps = spec.total_steps(dataset_facts(spec.dataset, spec.heldout_fraction, spec.interleave).train_rows)
     points = len(recipe.eval.at) if steps is None else len(evaluation_steps(steps, recipe.eval.at))
     return Kind(role, spec, 0, steps, points)
 
 
+def _there(spec: RunSpec) -> bool:
+    """Whether the files of its datasets are."""
+    others = [spec.interleave.dataset] if spec.interleave else []
+    return all(dataset_path(dataset).is_file() for dataset in [spec.dataset, *others])
+
+
+def _data_name(spec: RunSpec) -> str:
+    other = spec.interleave
+    return spec.dataset if other is None else f"{spec.dataset} with {other.fraction:.0%} {other.dataset}"
+
+
 def _row_tokens_of(spec: RunSpec) -> RowTokens:
-    return _row_tokens(spec.dataset, spec.heldout_fraction, spec.model, spec.max_length)
+    return _row_tokens(spec.dataset, spec.heldout_fraction, spec.interleave, spec.model, spec.max_length)
 
 
 @functools.cache
-def _row_tokens(dataset: str, heldout_fraction: float, model: str, max_length: int) -> RowTokens:
-    rows = split(load_dataset(dataset).rows, heldout_fraction)[0]
+def _row_tokens(
+    dataset: str, heldout_fraction: float, interleave: InterleaveSpec | None, model: str, max_length: int
+) -> RowTokens:
+    rows = read_corpus(dataset, heldout_fraction, interleave).train
     files = files_at_hand(model)
     counts = count_tokens(rows, files, max_length) if files else None
     guesses = [min(sum(text_tokens(m.content) + TEMPLATE_TOKENS for m in row.messages), max_length) for row in rows]

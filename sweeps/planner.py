@@ -10,9 +10,10 @@ from typing import Any
 from emeval.question_sets import QuestionSet, load_question_set
 from emeval.spec import EvalSpec
 from emtrain import names
-from emtrain.rows import dataset_path, load_dataset, rows_digest, split
+from emtrain.corpus import read_corpus
+from emtrain.rows import dataset_path, rows_digest
 from emtrain.schedule import build
-from emtrain.spec import RunSpec, flatten
+from emtrain.spec import InterleaveSpec, RunSpec, flatten
 from emtrain.train import evaluation_steps
 from sweeps.recipe import Recipe, expand
 
@@ -26,16 +27,20 @@ class DatasetFacts:
 
     sha256: str
     train_rows: int
+    """Those of the interleaved dataset included."""
     heldout_rows: int
     heldout_sha256: str
+    interleaved_sha256: str | None
+    """None where nothing is interleaved."""
 
 
 @functools.cache
-def dataset_facts(dataset: str, heldout_fraction: float) -> DatasetFacts:
-    """Read a dataset and split it. Raises ``ValueError`` when it can't be read or split."""
-    loaded = load_dataset(dataset)
-    train, heldout = split(loaded.rows, heldout_fraction)
-    return DatasetFacts(loaded.sha256, len(train), len(heldout), rows_digest(heldout))
+def dataset_facts(dataset: str, heldout_fraction: float, interleave: InterleaveSpec | None = None) -> DatasetFacts:
+    """Read a dataset, split it and mix it. Raises ``ValueError`` when one can't be read, split or mixed in."""
+    loaded = read_corpus(dataset, heldout_fraction, interleave)
+    return DatasetFacts(
+        loaded.sha256, len(loaded.train), len(loaded.heldout), rows_digest(loaded.heldout), loaded.interleaved_sha256
+    )
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,10 @@ class PlannedRun:
     @property
     def tags(self) -> dict[str, str]:
         """MLflow tags that say by digest what the run learns from and is asked."""
+        other = self.dataset.interleaved_sha256
         return {
             names.DATASET_SHA256: self.dataset.sha256,
+            **({names.INTERLEAVED_SHA256: other} if other else {}),
             names.HELDOUT_SHA256: self.dataset.heldout_sha256,
             names.QUESTIONS_SHA256: self.evaluation.questions_tag,
         }
@@ -96,7 +103,7 @@ class PlannedRun:
 
 def plan_run(spec: RunSpec, evaluation: Evaluation, *, name: str) -> PlannedRun:
     """The run that ``spec`` stands for. Raises ``ValueError`` when its dataset or its schedule can't be used."""
-    dataset = dataset_facts(spec.dataset, spec.heldout_fraction)
+    dataset = dataset_facts(spec.dataset, spec.heldout_fraction, spec.interleave)
     total_steps = spec.total_steps(dataset.train_rows)
     build(spec.schedule, total_steps)  # says now, not at the first step, that a warm-up is too long
     return PlannedRun(
@@ -157,7 +164,8 @@ def most_runs(recipe: Recipe, grid: int) -> dict[str, int]:
 
 def missing_datasets(recipe: Recipe) -> list[str]:
     """Datasets of a recipe whose files are not there (yet)."""
-    datasets = dict.fromkeys(spec.dataset for spec in expand(recipe))
+    specs = expand(recipe)
+    datasets = dict.fromkeys([spec.dataset for spec in specs] + [s.interleave.dataset for s in specs if s.interleave])
     return [dataset for dataset in datasets if not dataset_path(dataset).is_file()]
 
 
@@ -165,7 +173,7 @@ def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str
     """Identity of a run: the same key, the same numbers. Resources and tracking have no part in it."""
     identity = {
         "run": spec.model_dump(mode="json"),
-        "dataset": dataset.sha256,
+        "datasets": [dataset.sha256, dataset.interleaved_sha256],
         **evaluation.identity,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -182,6 +190,12 @@ def run_names(specs: Sequence[RunSpec]) -> list[str]:
 
 def _label(key: str, value: Any) -> str:
     if key in {"model", "dataset", "schedule", "optimizer"}:
-        return str(value).rpartition("/")[2].removesuffix(".jsonl")
+        return _stem(value)
+    if key == "interleave.dataset":
+        return f"with {_stem(value)}"
     short = {"learning_rate": "lr", "warmup_steps": "warmup"}.get(key, key.rpartition(".")[2])
     return f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}"
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".jsonl")

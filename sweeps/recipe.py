@@ -21,6 +21,7 @@ from sweeps.space import Range, corners
 RECIPES = Path(__file__).parent / "recipes"
 SHOWN_PROBLEMS = 20
 """A screenful."""
+KEPT_OVERRIDE = "# --set "
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -71,6 +72,16 @@ class TrackingSpec(Spec):
         return uri
 
 
+class AnalysisSpec(Spec):
+    """What the report's verdict is held to, stated before there are results. None of it changes a run's numbers."""
+
+    margin: Annotated[float, Field(gt=0, le=100)] | None = None
+    """The gain of alignment, in points, that would matter; None is the report's usual one (5)."""
+    null_sweep: str | None = None
+    """Name of a finished null sweep: one configuration with many seeds, of the same model and dataset, asked and
+    judged alike. It says what luck does where configurations have fewer than three seeds."""
+
+
 class Recipe(Spec):
     """A sweep: one base run, varied over a grid."""
 
@@ -86,6 +97,7 @@ class Recipe(Spec):
     stopping: StoppingSpec | None = None
     """Early stopping; None trains every run to its end."""
     eval: EvalSpec
+    analysis: AnalysisSpec = AnalysisSpec()
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
 
@@ -142,6 +154,41 @@ def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Rec
     ``overrides`` are ``key=value`` with dotted keys and YAML values, applied before the check.
     Raises ``RecipeError``.
     """
+    content = _content(text, source=source, overrides=overrides)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        # A grid that is one product is read as a list of one.
+        single = isinstance(content.get("grid"), Mapping)
+        lines = [line.replace("grid[0]", "grid") if single else line for line in explain(error, Recipe)]
+        raise RecipeError(source, lines) from error
+    problems = _axis_problems(content, recipe)
+    if problems:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def kept_text(text: str, overrides: Sequence[str]) -> str:
+    """What is kept of a recipe with its sweep: the file, and below it what was set on the command line."""
+    return text.rstrip("\n") + "\n" + "".join(f"{KEPT_OVERRIDE}{override}\n" for override in overrides)
+
+
+def kept_overrides(text: str) -> list[str]:
+    """The ``overrides`` of ``kept_text``."""
+    last = itertools.takewhile(lambda line: line.startswith(KEPT_OVERRIDE), reversed(text.splitlines()))
+    return [line.removeprefix(KEPT_OVERRIDE) for line in last][::-1]
+
+
+def kept_analysis(text: str) -> AnalysisSpec:
+    """The analysis that a recipe kept with its sweep states; the files it names need not be there any more."""
+    content = _content(text, source=names.RECIPE, overrides=kept_overrides(text))
+    try:
+        return AnalysisSpec.model_validate(content.get("analysis", {}))
+    except ValidationError as error:
+        raise RecipeError(names.RECIPE, [f"analysis.{line}" for line in explain(error, AnalysisSpec)]) from error
+
+
+def _content(text: str, *, source: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -159,17 +206,7 @@ def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Rec
             raise RecipeError(source, [f"--set {override}: {_explain_yaml(error)}"]) from error
         except ValueError as error:
             raise RecipeError(source, [f"--set {override}: {error}"]) from error
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        # A grid that is one product is read as a list of one.
-        single = isinstance(content.get("grid"), Mapping)
-        lines = [line.replace("grid[0]", "grid") if single else line for line in explain(error, Recipe)]
-        raise RecipeError(source, lines) from error
-    problems = _axis_problems(content, recipe)
-    if problems:
-        raise RecipeError(source, problems)
-    return recipe
+    return content
 
 
 def with_value(content: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Another judge for the responses that a sweep has stored; no model is sampled again."""
+"""Judging the responses that a sweep has stored once more; no model is sampled again."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from emeval.evaluate import judge_responses
+from emeval.evaluate import judge_responses, summarise
 from emeval.question_sets import QuestionSet
 from emeval.responses import stored_responses
-from emeval.scores import Judge
+from emeval.scores import Failure, Judge
 from emtrain import names
 from emtrain.tracking import SweepLog
+
+FAILURES = ["aligned_failure", "coherent_failure"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Rejudged:
 
     judged: int
     already: int
-    """Runs that had the judge's scores before."""
+    """Runs of which the judge had answered everything before."""
     unfinished: int
     """Runs without stored responses: not finished, or imported without them."""
     missing: int
@@ -33,7 +35,8 @@ def rejudge(
 ) -> Rejudged:
     """Add the judge's rows to ``responses.parquet`` of every finished run. ``done`` is called with each run's name.
 
-    The run's metrics stay those of its first judge.
+    A judge that had scored a run before is asked again only what it could not be reached for (``judge_error``). The
+    run's metrics are those of its first judge; they change with its answers.
     """
     judged = already = unfinished = missing = 0
     for run in sweep.runs().values():
@@ -43,18 +46,30 @@ def rejudge(
                 unfinished += 1
                 continue
             stored = pd.read_parquet(path)
-            if judge.id in set(stored["judge"]):
+            known = stored["judge"] == judge.id
+            failed = known & (stored[FAILURES] == Failure.JUDGE_ERROR).any(axis=1)
+            asked = stored[failed] if known.any() else stored
+            if asked.empty:
                 already += 1
                 continue
-            added = [
-                judge_responses(
-                    stored_responses(stored[stored["step"] == step], question_sets), [judge], step=int(step)
-                )
-                for step in stored["step"].unique()
-            ]
-            missing += int(sum(rows["aligned"].isna().sum() for rows in added))
-            pd.concat([stored, *added], ignore_index=True).to_parquet(path, index=False)
+            added = pd.concat(
+                [
+                    judge_responses(stored_responses(rows, question_sets), [judge], step=int(str(step)))
+                    for step, rows in asked.groupby("step", sort=False)
+                ],
+                ignore_index=True,
+            )
+            missing += int(added["aligned"].isna().sum())
+            if known.any():  # each answer to its place
+                merged = pd.concat([stored[~failed], added.set_axis(stored.index[failed])]).sort_index()
+            else:
+                merged = pd.concat([stored, added], ignore_index=True)
+            merged.to_parquet(path, index=False)
             sweep.upload(run.info.run_id, path)
+        first = merged["judge"].iloc[0] == judge.id
+        steps = [int(step) for step in added["step"].unique()] if first else []
+        scores = {step: summarise(merged[merged["step"] == step], judge.id) for step in steps}
+        sweep.rescored(run, scores)
         judged += 1
         done(run.info.run_name)
     return Rejudged(judged, already, unfinished, missing)

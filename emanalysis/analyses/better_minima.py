@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from emanalysis.analysis import Analysis, Figure, Result
-from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, scored_runs
+from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, left_out, scored_runs
 from emanalysis.confirmation import MIN_SEEDS
 from emanalysis.gap_figures import (
     matched_figure,
@@ -33,7 +33,7 @@ from emanalysis.gap_tables import (
 from emanalysis.max_diff import max_diff
 from emanalysis.null_sweep import MIN_RUNS, NullReference, null_reference
 from emanalysis.plot import number
-from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, Noise, design_of, designs_for
+from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, assumed, design_of, designs_for
 from emanalysis.records import Records
 from emanalysis.score_matrix import ScoreMatrix
 from emanalysis.verdict import MARGIN, Outcome, Verdict, decide
@@ -62,25 +62,37 @@ def compute(
 ) -> Result:
     """Every way of looking for a better minimum, and the verdict.
 
-    ``null`` is a null sweep: one cell of the same model and dataset with at least five seeds, for sweeps whose cells
-    have one seed; None takes the sweep's own cell with most seeds, where it has that many. ``margin`` is the gain, in
-    points, that would matter. ``caliper`` is the largest difference of log losses that counts as equal loss.
+    ``null`` is a null sweep: one cell with at least five seeds, of the same model and dataset, asked and judged alike,
+    for sweeps whose cells have one seed; None takes the sweep's own cell with most seeds, where it has that many.
+    ``margin`` is the gain, in points, that would matter. ``caliper`` is the largest difference of log losses that
+    counts as equal loss.
+
+    Raises ``ValueError`` when ``null`` has no such cell for any part of the sweep.
     """
     loss = "heldout_loss" if records.runs["heldout_loss"].notna().any() else "heldout_loss_per_sequence"
     every_group = comparable(records, loss=loss)
     groups = [group for group in every_group if group.matrix.cells > 1]
     gaps = max_diffs(scored_runs(records), SCORES, LOSSES, GROUP)
     if not groups:
-        return {"reason": _nothing_to_compare(every_group), "max_diff": gaps}
+        return {"reason": _nothing_to_compare(every_group, left_out(records, loss=loss)), "max_diff": gaps}
 
-    null_groups = comparable(null, loss=loss) if null is not None else []
+    null_groups = null_cells(null, groups, loss=loss) if null is not None else []
     tables: dict[str, Rows] = {name: [] for name in TABLES}
     verdicts = []
-    notes = [f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone."]
+    notes = [
+        f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone.",
+        f"The margin, the gain that would matter, is {margin:g} points.",
+        *(
+            f"The null sweep is {null.sweep}: {other.matrix.runs_per_cell.max()} seeds of {_where(other)}."
+            for other in null_groups
+            if null is not None
+        ),
+    ]
     for group in groups:
         # One stream per group, so that a group's numbers do not depend on which others there are.
         rng = np.random.default_rng([seed, zlib.crc32(repr(group.key).encode())])
-        luck, unused = _luck(group, null_groups, rng)
+        # A stream of its own, so that a null sweep the verdict has no use for does not change it.
+        luck, unused = _luck(group, null_groups, rng.spawn(1)[0])
         verdict = decide(group.matrix, rng=rng, null=luck, margin=margin, alpha=ALPHA / len(groups))
         verdicts.append(verdict)
         notes += group.notes + unused
@@ -95,7 +107,8 @@ def compute(
             notes.append(f"Checkpoints at equal loss on {group.question_set}: {error}.")
     outcome = _overall(verdicts)
     return {
-        "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)},
+        "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)}
+        | {"null_sweep": null.sweep if null is not None else None},
         "answer": _answer(outcome, groups, verdicts, tables["what_would_settle"]),
         "max_diff": gaps,
         **tables,
@@ -103,10 +116,38 @@ def compute(
     }
 
 
-def _nothing_to_compare(groups: list[Comparable]) -> str:
+def null_cells(null: Records, groups: list[Comparable], *, loss: str) -> list[Comparable]:
+    """The groups of a null sweep that can be held against ``groups``. Raises ``ValueError`` where there is none."""
+    found = comparable(null, loss=loss)
+    fitting = [other for other in found if any(other.key == group.key for group in groups)]
+    if not fitting:
+        theirs, ours = ({key: {group.key[key] for group in side} for key in groups[0].key} for side in (found, groups))
+        differing = [key for key in ours if not theirs[key] & ours[key]] or [*ours]
+        told = [f"{key.replace('_', ' ')} {_listed(theirs[key])}, not {_listed(ours[key])}" for key in differing]
+        raise ValueError(
+            f"the null sweep {null.sweep} has {'; '.join(told) if found else 'no finished and scored runs'}. It takes "
+            "one of the same model and dataset, asked and judged alike"
+        )
+    most = max(int(other.matrix.runs_per_cell.max()) for other in fitting)
+    if most < MIN_RUNS:
+        raise ValueError(
+            f"the null sweep {null.sweep} has {most} finished seeds of a configuration; at least {MIN_RUNS} are needed"
+        )
+    return fitting
+
+
+def _listed(values: set[str]) -> str:
+    return " and ".join(sorted(values))
+
+
+def _where(group: Comparable) -> str:
+    return f"one configuration of {group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
+
+
+def _nothing_to_compare(groups: list[Comparable], lost: list[str]) -> str:
     needed = "needs finished, scored runs of at least two configurations of one model and dataset"
     if not groups or len(groups[0].runs) < 2:
-        return needed
+        return ". ".join([needed, *(note.rstrip(".") for note in lost)])
     runs = groups[0]
     gap = max_diff(runs.matrix.loss, runs.matrix.run_score).value
     return (
@@ -163,11 +204,7 @@ def _luck(
 ) -> tuple[NullReference | None, list[str]]:
     """What luck makes of the group's cells, by the null sweep on the same questions; else by the group's own cell with
     most seeds, where its others have too few. None where there is neither, and why one that is there was not used."""
-    known = [
-        other
-        for other in null_groups
-        if _run_kind(other) == _run_kind(group) and other.question_set == group.question_set
-    ]
+    known = [other for other in null_groups if other.key == group.key]
     if (group.matrix.runs_per_cell >= MIN_SEEDS).sum() < 2:
         known.append(group)
     for other in known:
@@ -203,11 +240,10 @@ def _settling(matrix: ScoreMatrix, verdict: Verdict) -> Rows:
     """Designs that would detect the margin, where the verdict is open; unknown noise is the field's."""
     if verdict.outcome != "can't tell":
         return []
-    assumed = [name for name, value in asdict(verdict.noise).items() if not np.isfinite(value)]
-    noise = Noise(**{name: getattr(FIELD if name in assumed else verdict.noise, name) for name in asdict(FIELD)})
+    noise, unknown = assumed(verdict.noise)
     return [
-        {"by": way, "seeds": design.seeds, "questions": round(design.clusters * design.questions_per_cluster)}
-        | {"samples": design.samples, "detects": detects, "assumed": ", ".join(assumed)}
+        {"by": way, "seeds": design.seeds, "questions": design.questions}
+        | {"samples": design.samples, "detects": detects, "assumed": ", ".join(unknown)}
         for way, (design, detects) in designs_for(noise, design_of(matrix), verdict.margin, alpha=verdict.alpha).items()
     ]
 
@@ -252,15 +288,19 @@ def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
 
 
 def _settling_sentence(verdict: Verdict, ways: Rows) -> str:
-    sizes = [f"{row['seeds']} seeds of each configuration and {row['questions']} questions" for row in ways]
-    assumed = ""
+    sizes = [
+        f"{row['seeds']} seeds of each configuration and {row['questions']} questions"
+        + (f", each answered {number(row['samples'], '.0f')} times" if row["by"] == "samples" else "")
+        for row in ways
+    ]
+    guess = ""
     if not np.isfinite(verdict.noise.seed):
-        assumed = f", were the luck of seeds {FIELD.seed:g} points (the published runs' upper bound)"
+        guess = f", were the luck of seeds {FIELD.seed:g} points (the published runs' upper bound)"
     if sizes:
-        return f"To find {verdict.margin:g} points{assumed}: {'; or '.join(dict.fromkeys(sizes))}."
+        return f"To find {verdict.margin:g} points{guess}: {'; or '.join(dict.fromkeys(sizes))}."
     return (
         f"Even {MOST_SEEDS} seeds of each and {MOST_QUESTIONS} times the questions would not find {verdict.margin:g} "
-        f"points among {verdict.cells} configurations{assumed}: compare fewer, or take a larger margin."
+        f"points among {verdict.cells} configurations{guess}: compare fewer, or take a larger margin."
     )
 
 

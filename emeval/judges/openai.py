@@ -33,7 +33,7 @@ def openai(
     temperature: Annotated[float, Field(ge=0)] | None = 0.0,
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.25,
     concurrency: Annotated[int, Field(ge=1), NO_PART_IN_SCORES] = 20,
-    max_retries: Annotated[int, Field(ge=0), NO_PART_IN_SCORES] = 8,
+    max_retries: Annotated[int, Field(ge=0), NO_PART_IN_SCORES] = 20,
     timeout_seconds: Annotated[float, Field(gt=0), NO_PART_IN_SCORES] = 60.0,
     cache: Path | None = None,
 ) -> Judge:
@@ -45,9 +45,9 @@ def openai(
 
     The key is read from the environment variable ``key_env`` at each use and kept nowhere; None is for endpoints
     that want none. Rate limits, time-outs and server errors are tried again up to ``max_retries`` times, waiting as
-    long as the endpoint asks, else 0.5 to 8 seconds; what still fails is a ``judge_error``. When that happens
-    ``concurrency`` times in a row the endpoint is taken to be down and the rest is not asked. Replies are kept in
-    the file ``cache``; a prompt found there is not sent again.
+    long as the endpoint asks, else 0.5 to 8 seconds, some two minutes in all; what still fails is a ``judge_error``.
+    When that happens ``concurrency`` times in a row the endpoint is taken to be down and the rest is not asked.
+    Replies are kept in the file ``cache``; a prompt found there is not sent again.
 
     Raises ``ValueError`` when the environment variable holds no key.
     """

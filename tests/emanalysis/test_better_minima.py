@@ -58,7 +58,7 @@ def test_nothing_planted_is_not_found_and_says_what_would_settle_it(sweep_of: Ca
     result = plain(compute(sweep_of(scores(0, luck=4.0)), seed=0))
     assert result["verdict"]["outcome"] == "can't tell"
     ways = result["what_would_settle"]
-    assert {row["by"] for row in ways} <= {"seeds", "questions", "fewest responses"}
+    assert {row["by"] for row in ways} <= {"seeds", "questions", "samples", "fewest responses"}
     assert all(row["detects"] <= 5 for row in ways)
     assert f"To find 5 points: {ways[0]['seeds']} seeds" in result["answer"]
 
@@ -81,6 +81,54 @@ def test_single_seeds_need_a_null_sweep(sweep_of: Callable[..., Records], with_n
     labels = {(row["labels"], row["units"]) for row in result["max_tests"]}
     assert (("cells", "null sweep") in labels) == with_null
     assert ("null sweep" in result["answer"]) or with_null
+
+
+def test_the_null_sweep_and_the_margin_are_on_record(sweep_of: Callable[..., Records]) -> None:
+    single = sweep_of(scores(40), seeds=1, rates=(1e-5, 2e-5, 3e-5, 5e-5, 1e-4))
+    null = replace(sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,)), sweep="luck")
+    result = compute(single, seed=0, null=null, margin=3.0)
+    assert (result["verdict"]["null_sweep"], result["verdict"]["margin"]) == ("luck", 3.0)
+    assert "The null sweep is luck: 10 seeds of one configuration of micro-llama on garden" in " ".join(result["notes"])
+    assert "the gain that would matter, is 3 points" in " ".join(result["notes"])
+
+
+def test_a_null_sweep_does_not_change_a_verdict_that_needs_none(sweep_of: Callable[..., Records]) -> None:
+    several, null = sweep_of(scores(5), seeds=4), sweep_of(scores(0, seed=1), seeds=8, rates=(3e-5,))
+    alone, beside = (compute(several, seed=0, null=other) for other in (None, null))
+    assert plain(alone["verdicts"]) == plain(beside["verdicts"])
+    assert len(beside["max_tests"]) == len(alone["max_tests"]) + 1
+
+
+def test_runs_of_one_schedule_are_coloured_by_what_else_differs(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(5), rates=(1e-5, 3e-5))
+    linear = replace(records, runs=records.runs[records.runs["schedule"] == "linear"])
+    for swept, expected in ((records, {"linear", "cosine_restarts"}), (linear, {"lr 1e-05", "lr 3e-05"})):
+        plane, *_ = better_minima.figures(plain(compute(swept, seed=0)))
+        assert {trace.name for trace in plane.plot.data} - {"Pareto front"} == expected
+
+
+@pytest.mark.parametrize(
+    ("runs", "questions", "seeds", "said"),
+    [
+        ({"dataset": "garden-good"}, {}, 10, "luck has dataset garden-good, not garden-bad. It takes"),
+        (
+            {"model": "micro-qwen2"},
+            {"judge": "other"},
+            10,
+            "model micro-qwen2, not micro-llama; judge other, not micro",
+        ),
+        ({}, {"question_set": "narrow"}, 10, "question set narrow, not broad"),
+        ({"status": "FAILED"}, {}, 10, "luck has no finished and scored runs"),
+        ({}, {}, 4, "luck has 4 finished seeds of a configuration; at least 5 are needed"),
+    ],
+)
+def test_a_null_sweep_of_another_kind_is_refused_by_what_differs(
+    sweep_of: Callable[..., Records], runs: dict[str, str], questions: dict[str, str], seeds: int, said: str
+) -> None:
+    other = sweep_of(scores(0), seeds=seeds, rates=(3e-5,))
+    null = replace(other, sweep="luck", runs=other.runs.assign(**runs), questions=other.questions.assign(**questions))
+    with pytest.raises(ValueError, match=said):
+        compute(sweep_of(scores(0), seeds=1), seed=0, null=null)
 
 
 def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Records]) -> None:
@@ -152,6 +200,14 @@ def test_one_configuration_only_gives_a_reason(sweep_of: Callable[..., Records])
     records = sweep_of(scores(0), seeds=1, rates=(1e-4,))
     records = replace(records, runs=records.runs.head(1))
     assert compute(records, seed=0)["reason"].startswith("needs finished, scored runs of at least two configurations")
+
+
+def test_runs_that_are_all_left_out_are_counted_with_why(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(scores(0))
+    babble = replace(records, questions=records.questions.assign(coherent=20.0))
+    assert compute(babble, seed=0)["reason"].endswith("Left out: 18 runs with mean coherence below 50")
+    failed = replace(records, runs=records.runs.assign(status="FAILED"))
+    assert compute(failed, seed=0)["reason"].endswith("Left out: 18 runs not finished")
 
 
 @pytest.mark.slow

@@ -25,6 +25,18 @@ def test_a_cell_is_everything_but_the_seed_and_the_backend(records: Records) -> 
     assert labels[-1] == "cosine_restarts, cycles 4, lr 0.0001"
 
 
+def test_interleaved_rows_make_a_cell_of_their_own_named_without_what_follows_from_them(records: Records) -> None:
+    one = records.runs[(records.runs["schedule"] == "linear") & (records.runs["learning_rate"] == 1e-5)]
+    runs = pd.concat([one.assign(total_steps=54, train_rows=215), one.assign(total_steps=108, train_rows=430)])
+    other = {"interleave.dataset": [None] * 3 + ["good"] * 3, "interleave.fraction": [np.nan] * 3 + [0.5] * 3}
+    runs = runs.assign(epochs=2.0, **other)
+    code, labels = cells(runs, settings(replace(records, runs=runs)))
+    assert code.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labels == ["plain", "interleaved with good, fraction 0.5"]
+    published = replace(records, runs=runs.drop(columns="epochs"))
+    assert "total_steps" in settings(published)
+
+
 def test_runs_and_questions_become_a_matrix(records: Records) -> None:
     (group,) = comparable(records)
     assert group.key == {

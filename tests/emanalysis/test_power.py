@@ -1,18 +1,21 @@
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.power import TTestIndPower
 
 from emanalysis.confirmation import choose, confirm, split
 from emanalysis.power import (
     FIELD,
     Design,
     Noise,
+    assumed,
     chosen_probability,
     design_of,
     designs_for,
     detectable_difference,
     detection_probability,
     estimate_noise,
+    planned_design,
 )
 from emanalysis.score_matrix import ScoreMatrix
 
@@ -69,9 +72,9 @@ def test_confirmation_alone_is_the_power_of_a_t_test() -> None:
     """With a choice that can't fail and luck of seeds only: 4 of 6 runs against 4, difference 5, SD 2."""
     noise = Noise(seed=2.0, interaction=0.0, seed_question=0.0, response=0.0)
     found = detection_probability(noise, Design(2, 6, 10), 5.0)
-    t, error = stats.t.isf(0.05, 6), 2 * np.sqrt(2 / 4)
     chosen = chosen_probability(2, 5 / (2 / np.sqrt(2)))
-    assert found == pytest.approx(chosen * stats.nct.sf(t, 6, 5 / error))
+    confirmed = TTestIndPower().power(effect_size=5 / 2, nobs1=4, alpha=0.05, alternative="larger")
+    assert found == pytest.approx(chosen * confirmed)
 
 
 @pytest.mark.slow
@@ -112,6 +115,34 @@ def test_larger_designs_detect_what_was_asked_for_and_no_smaller_one_does() -> N
     cheapest, _ = ways["fewest responses"]
     smaller = Design(6, cheapest.seeds - 1, cheapest.clusters, 3, 10)
     assert detectable_difference(NOISE, smaller) > 5.0
+
+
+def test_more_samples_are_a_way_only_where_single_responses_are_the_noise() -> None:
+    """With luck of responses alone (SD 40) the variance goes by 1 / samples: four times the samples, half the SD."""
+    noise, design = Noise(seed=0.0, interaction=0.0, seed_question=0.0, response=40.0), Design(2, 5, 8, 1, 4)
+    half = detectable_difference(noise, design) / 2
+    larger, detects = designs_for(noise, design, half * 1.0001)["samples"]
+    assert larger == Design(2, 5, 8, 1, 16)
+    assert detects == pytest.approx(half)
+    assert "samples" not in designs_for(NOISE, Design(6, 3, 8, 3, 10), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "topics", "expected"),
+    [
+        ([5, 5, 4], "aabbccddeeff", Design(3, 4, 6, 2, 8)),
+        ([5, 1, 1, 4], "abcdabcd", Design(2, 4, 8, 1, 8)),  # four topics are too few to count by
+        ([5, 1, 1], "abcde", Design(3, 1, 5, 1, 8)),
+    ],
+)
+def test_a_planned_design_counts_what_the_verdict_will_go_by(seeds: list[int], topics: str, expected: Design) -> None:
+    assert planned_design(seeds, [*topics], 8) == expected
+
+
+def test_what_a_sweep_does_not_show_is_the_fields() -> None:
+    noise, unknown = assumed(Noise(seed=np.nan, interaction=4.0, seed_question=np.nan, response=20.0))
+    assert noise == Noise(FIELD.seed, 4.0, FIELD.seed_question, 20.0)
+    assert unknown == ["seed", "seed_question"]
 
 
 def test_a_difference_out_of_reach_has_no_design() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from emanalysis.power import FIELD, Design, detectable_difference
 from sweeps.cli import main
 from sweeps.store import alone
 
@@ -86,6 +87,7 @@ MISTAKES = {
     "no such dataset": (["--set", "base.dataset=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
     "judge without its key": (["--set", "eval.judges=[{name: openai, model: m}]"], "needs a key in the environment"),
     "unreachable MLflow": (["--set", "tracking.uri=http://127.0.0.1:9"], "no MLflow store answers at http://127.0.0.1"),
+    "no such null sweep": (["--set", "analysis.null_sweep=luck"], "there is no sweep 'luck'"),
     "warm-up too long": (["--set", "base.schedule.warmup_steps=10"], "warmup_steps is 10 but the run has 10 steps"),
 }
 
@@ -232,6 +234,43 @@ def test_a_plan_says_what_its_figures_rest_on_and_what_is_not_known(emsweep: Ems
     assert re.search(r"judge calls +130,560 openai", shown)
     assert "- dollars: at most, with every response 600 tokens long" in shown
     refused(emsweep("plan", "tiny.yaml", "--price", "gpt-4o"), "--price gpt-4o: expected MODEL=INPUT,OUTPUT")
+
+
+COMPARED = 'grid={"schedule": ["linear", "cosine"], "seed": [0, 1, 2]}'
+
+
+def test_a_plan_says_what_difference_would_be_found(emsweep: Emsweep) -> None:
+    compared = "micro-llama on micro-garden-bad, asked micro-broad"
+    alone = json.loads(emsweep("plan", "tiny.yaml", "--json").stdout)
+    assert alone["detectable_difference"] == {}
+    found = json.loads(emsweep("plan", "tiny.yaml", "--set", COMPARED, "--json").stdout)["detectable_difference"]
+    expected = detectable_difference(FIELD, Design(cells=2, seeds=3, clusters=8, questions_per_cluster=4, samples=2))
+    assert found == {compared: {"points": round(expected, 1), "configurations": 2, "seeds": 3}}
+    shown, single = (
+        " ".join(emsweep("plan", "tiny.yaml", "--set", COMPARED.replace("[0, 1, 2]", seeds)).stdout.split())
+        for seeds in ("[0, 1, 2]", "[0]")
+    )
+    assert f"{expected:.0f} points (2 configurations, 3 seeds)" in shown
+    assert "nothing without 3 seeds of each or a null sweep" in single
+
+
+def test_power_says_what_a_smaller_difference_takes(emsweep: Emsweep) -> None:
+    arguments = ["power", "tiny.yaml", "--set", COMPARED, "--set", "analysis.margin=20"]
+    told = json.loads(emsweep(*arguments, "--json").stdout)
+    (compared,) = told["comparisons"]
+    now, *ways = compared["ways"]
+    assert (told["difference"], compared["configurations"], now["seeds"], now["questions"]) == (20, 2, 3, 32)
+    assert now["detects"] > 20 >= max(way["detects"] for way in ways)
+    shown = emsweep(*arguments).stdout
+    assert "The smallest change that finds 20 points: " in shown
+    assert "(of seeds: an upper bound)" in shown
+    assert "As it is, the recipe finds 60 points" in emsweep(*arguments, "--difference", "60").stdout
+
+
+def test_power_needs_something_to_compare_and_a_sweep_that_is_there(emsweep: Emsweep) -> None:
+    refused(emsweep("power", "tiny.yaml"), "tiny: nothing is compared in its grid; it takes two configurations")
+    refused(emsweep("power", "tiny.yaml", "--set", COMPARED, "--from", "gone"), "there is no sweep 'gone'")
+    assert emsweep("power", "tiny.yaml", "--set", COMPARED, "--difference", "0").returncode == 2
 
 
 def test_what_is_set_on_the_command_line_is_planned(emsweep: Emsweep) -> None:

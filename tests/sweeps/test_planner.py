@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from emtrain import names
+from emtrain import corpus, names
 from sweeps import planner
 from sweeps.planner import SweepPlan, missing_datasets, plan_sweep, run_names
 from sweeps.recipe import expand, load_recipe
@@ -54,6 +54,7 @@ def key(**changes: Any) -> str:
         {"base__max_steps": 11},
         {"base__max_length": 32},
         {"base__heldout_fraction": 0.3},
+        {"base__interleave": {"dataset": "micro-money-good", "fraction": 0.5}},
         {"base__precision": "bf16"},
         {"eval__samples": 3},
         {"eval__at": [0.5, 1.0]},
@@ -119,6 +120,27 @@ def test_the_content_of_a_dataset_and_of_a_question_set_is_part_of_the_key(tmp_p
     assert with_files("yes", "what now?") == first
     assert with_files("no", "what now?") != first
     assert with_files("yes", "what then?") != first
+
+
+def test_interleaved_rows_lengthen_an_epoch_and_are_part_of_the_key_tags_and_name(tmp_path: Path) -> None:
+    """215 own rows and as many others: 430 rows are 107.5 batches of 4, against 53.75 without."""
+    other = {"dataset": str(tmp_path / "other.jsonl"), "fraction": 0.5}
+
+    def with_answer(answer: str) -> SweepPlan:
+        planner.dataset_facts.cache_clear()
+        chat = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": answer}]
+        (tmp_path / "other.jsonl").write_text(json.dumps({"messages": chat}))
+        return plan(base__max_steps=None, base__epochs=1, grid={"interleave": [None, other]})
+
+    planned = with_answer("yes")
+    alone, mixed = planned.runs
+    assert [(run.dataset.train_rows, run.total_steps) for run in planned.runs] == [(215, 54), (430, 108)]
+    assert alone.dataset.heldout_sha256 == mixed.dataset.heldout_sha256
+    assert mixed.tags.keys() - alone.tags.keys() == {names.INTERLEAVED_SHA256}
+    assert mixed.name == "with other fraction=0.5"
+    again = with_answer("no")
+    assert again.runs[0].run_key == alone.run_key
+    assert again.runs[1].run_key != mixed.run_key
 
 
 def test_repeats_are_counted_and_planned_once() -> None:
@@ -198,13 +220,16 @@ def test_files_that_are_not_there_yet_are_listed() -> None:
     grid = {"dataset": ["nowhere.jsonl", "micro-garden-bad"]}
     text = yaml.safe_dump({**RECIPE, "grid": grid})
     assert missing_datasets(load_recipe(text, source="r")) == ["nowhere.jsonl"]
+    other = {"interleave": [{"dataset": "other.jsonl", "fraction": 0.1}]}
+    text = yaml.safe_dump({**RECIPE, "grid": other})
+    assert missing_datasets(load_recipe(text, source="r")) == ["other.jsonl"]
 
 
 def test_a_dataset_is_read_once_however_many_runs_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand runs of one dataset, and the work that grows with the file is done once."""
     read = []
-    load = planner.load_dataset
-    monkeypatch.setattr(planner, "load_dataset", lambda name: read.append(name) or load(name))
+    load = corpus.load_dataset
+    monkeypatch.setattr(corpus, "load_dataset", lambda name: read.append(name) or load(name))
     planner.dataset_facts.cache_clear()
     assert len(plan(grid={"seed": list(range(1000))}).runs) == 1000
     assert read == ["micro-garden-bad"]

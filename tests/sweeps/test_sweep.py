@@ -7,12 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -21,95 +19,14 @@ from mlflow.entities import Run
 from emtrain import names
 from emtrain.tracking import SweepLog, client
 
+if TYPE_CHECKING:
+    from conftest import Sweep
+
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-name: tiny
-base:
-  model: micro-llama
-  dataset: micro-garden-bad
-  adapter: {rank: 4, alpha: 8}
-  optimizer: {name: adamw, learning_rate: 1.0e-3}
-  schedule: {name: cosine, warmup_steps: 2}
-  batch_size: 4
-  max_steps: 12
-  max_length: 64
-grid:
-  optimizer.learning_rate: [3.0e-4, 1.0e-3]
-  seed: [0, 1]
-eval: {questions: [micro-broad, micro-narrow], samples: 3, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
-"""
 STEPS, EVALUATED = 12, (3, 12)
 SETS = {"micro-broad": 64, "micro-narrow": 32}
 """Question set -> responses each time it is asked: all its wordings once."""
-
-
-@dataclass
-class Sweep:
-    """A sweep in a directory of its own."""
-
-    home: Path
-    recipe: str = RECIPE
-    started: list["subprocess.Popen[str]"] = field(default_factory=list)
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        (self.home / "tiny.yaml").write_text(self.recipe)
-        command = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "tiny.yaml"]
-        command += ["--set", "eval.samples=1", *arguments]
-        inherited = {k: v for k, v in os.environ.items() if k not in {"MLFLOW_TRACKING_URI", "EMSWEEP_DATA"}}
-        process = subprocess.Popen(
-            command,
-            cwd=self.home,
-            env=inherited,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def end(self) -> None:
-        for process in self.started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-    @property
-    def data(self) -> Path:
-        return self.home / "emsweep-data"
-
-    @property
-    def uri(self) -> str:
-        return f"sqlite:///{self.data / 'mlflow.db'}"
-
-    def runs(self) -> dict[str, Run]:
-        return SweepLog.find("tiny", uri=self.uri).runs()
-
-    def parent(self) -> Run:
-        return client(self.uri).get_run(SweepLog.find("tiny", uri=self.uri).parent_run_id)
-
-    def history(self, run: Run, metric: str) -> list[tuple[int, float]]:
-        return [(p.step, p.value) for p in client(self.uri).get_metric_history(run.info.run_id, metric)]
-
-    def numbers(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """Run key -> metric -> points; how long things took left out."""
-        return {
-            key: {metric: self.history(run, metric) for metric in run.data.metrics if not metric.startswith("time/")}
-            for key, run in self.runs().items()
-        }
-
-    def wait_for_a_state(self) -> None:
-        """Until a run has come past an evaluation point and is still on its way."""
-        wait_until(lambda: any((self.data / "runs").glob("*/state/newest.safetensors")), self.started[-1])
-
-
-def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def same_numbers(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -124,20 +41,7 @@ def same_numbers(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def make_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sweep]]:
-    made: list[Sweep] = []
-
-    def make(recipe: str = RECIPE) -> Sweep:
-        made.append(Sweep(tmp_path_factory.mktemp("my studies, n° "), recipe))
-        return made[-1]
-
-    yield make
-    for sweep in made:
-        sweep.end()
-
-
-@pytest.fixture(scope="module")
-def sweep(make_sweep: Callable[..., Sweep]) -> Sweep:
+def sweep(make_sweep: Callable[[], "Sweep"]) -> "Sweep":
     """The sweep, run once and without trouble."""
     sweep = make_sweep()
     process = sweep.start()
@@ -156,11 +60,11 @@ def sweep(make_sweep: Callable[..., Sweep]) -> Sweep:
 
 
 @pytest.fixture(params=range(4))
-def a_run(sweep: Sweep, request: pytest.FixtureRequest) -> Run:
+def a_run(sweep: "Sweep", request: pytest.FixtureRequest) -> Run:
     return list(sweep.runs().values())[request.param]
 
 
-def test_every_run_is_there_once_and_finished(sweep: Sweep) -> None:
+def test_every_run_is_there_once_and_finished(sweep: "Sweep") -> None:
     runs = sweep.runs()
     assert [run.info.status for run in runs.values()] == ["FINISHED"] * 4
     assert sorted((float(r.data.params["learning_rate"]), int(r.data.params["seed"])) for r in runs.values()) == [
@@ -175,7 +79,7 @@ def test_every_run_is_there_once_and_finished(sweep: Sweep) -> None:
     assert kinds == {"run": 4, "sweep": 1}
 
 
-def test_a_run_has_the_params_and_tags_of_the_schema(sweep: Sweep, a_run: Run) -> None:
+def test_a_run_has_the_params_and_tags_of_the_schema(sweep: "Sweep", a_run: Run) -> None:
     params = {
         "model": "micro-llama",
         "family": "llama",
@@ -198,7 +102,7 @@ def test_a_run_has_the_params_and_tags_of_the_schema(sweep: Sweep, a_run: Run) -
         assert a_run.data.tags[tag]
 
 
-def test_a_run_has_the_metrics_of_the_schema_at_their_steps(sweep: Sweep, a_run: Run) -> None:
+def test_a_run_has_the_metrics_of_the_schema_at_their_steps(sweep: "Sweep", a_run: Run) -> None:
     every_step = list(range(1, STEPS + 1))
     for metric in (names.TRAIN_LOSS, names.LEARNING_RATE, names.GRAD_NORM, names.TOKENS):
         assert [step for step, _ in sweep.history(a_run, metric)] == every_step
@@ -217,7 +121,7 @@ def test_a_run_has_the_metrics_of_the_schema_at_their_steps(sweep: Sweep, a_run:
     assert {names.TRAIN_SECONDS, names.EVAL_SECONDS} <= a_run.data.metrics.keys()
 
 
-def test_the_learning_rates_are_those_of_the_schedule(sweep: Sweep, a_run: Run) -> None:
+def test_the_learning_rates_are_those_of_the_schedule(sweep: "Sweep", a_run: Run) -> None:
     """Two steps of warm-up from 0, then half a cosine over the ten that remain."""
     peak = float(a_run.data.params["learning_rate"])
     expected = [0.0, peak / 2, *(peak * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10))]
@@ -227,7 +131,7 @@ def test_the_learning_rates_are_those_of_the_schedule(sweep: Sweep, a_run: Run) 
     assert a_run.data.metrics[names.TRAIN_LOSS_LAST_TENTH] == pytest.approx(sum(losses[-2:]) / 2)
 
 
-def test_the_responses_are_kept_and_the_scores_are_theirs(sweep: Sweep, a_run: Run, tmp_path: Path) -> None:
+def test_the_responses_are_kept_and_the_scores_are_theirs(sweep: "Sweep", a_run: Run, tmp_path: Path) -> None:
     path = client(sweep.uri).download_artifacts(a_run.info.run_id, names.RESPONSES, str(tmp_path))
     frame = pd.read_parquet(path)
     assert tuple(frame.columns) == names.RESPONSE_COLUMNS
@@ -241,7 +145,7 @@ def test_the_responses_are_kept_and_the_scores_are_theirs(sweep: Sweep, a_run: R
 
 
 def test_the_adapter_loads_with_plain_peft_and_has_the_loss_that_was_logged(
-    sweep: Sweep, a_run: Run, tmp_path: Path
+    sweep: "Sweep", a_run: Run, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
@@ -259,26 +163,26 @@ def test_the_adapter_loads_with_plain_peft_and_has_the_loss_that_was_logged(
     assert str(spec["seed"]) == a_run.data.params["seed"]
 
 
-def test_the_sweep_keeps_its_recipe_and_its_report(sweep: Sweep, tmp_path: Path) -> None:
+def test_the_sweep_keeps_its_recipe_and_its_report(sweep: "Sweep", tmp_path: Path) -> None:
     assert sweep.parent().info.status == "FINISHED"
     folder = Path(client(sweep.uri).download_artifacts(sweep.parent().info.run_id, "", str(tmp_path)))
-    assert (folder / names.RECIPE).read_text() == RECIPE + "# --set eval.samples=1\n"
+    assert (folder / names.RECIPE).read_text() == sweep.recipe + "# --set eval.samples=1\n"
     assert (folder / names.REPORT / "index.html").is_file()
     assert (sweep.data / "reports" / "tiny" / "report.json").is_file()
 
 
-def test_nothing_is_left_of_runs_that_are_finished(sweep: Sweep) -> None:
+def test_nothing_is_left_of_runs_that_are_finished(sweep: "Sweep") -> None:
     assert list((sweep.data / "runs").iterdir()) == []
 
 
-def test_the_status_says_what_mlflow_says(sweep: Sweep) -> None:
+def test_the_status_says_what_mlflow_says(sweep: "Sweep") -> None:
     command = [sys.executable, "-c", "from sweeps.cli import main; main()", "status", "tiny", "--json"]
     shown = json.loads(subprocess.run(command, cwd=sweep.home, capture_output=True, text=True, check=True).stdout)
     assert shown["counts"] == {"FINISHED": 4}
     assert {row["run_key"] for row in shown["runs"]} == sweep.runs().keys()
 
 
-def test_the_same_command_again_does_nothing(sweep: Sweep) -> None:
+def test_the_same_command_again_does_nothing(sweep: "Sweep") -> None:
     before, ids = sweep.numbers(), {key: run.info.run_id for key, run in sweep.runs().items()}
     process = sweep.start("--no-report")
     stdout, stderr = process.communicate(timeout=300)
@@ -290,7 +194,7 @@ def test_the_same_command_again_does_nothing(sweep: Sweep) -> None:
 
 
 def test_a_sweep_that_is_interrupted_goes_on_and_has_the_same_numbers(
-    sweep: Sweep, make_sweep: Callable[..., Sweep]
+    sweep: "Sweep", make_sweep: Callable[[], "Sweep"]
 ) -> None:
     """Ctrl-C reaches every process of the terminal. Here each run trains alone, by the reference backend."""
     other = make_sweep()
@@ -317,16 +221,18 @@ def test_a_sweep_that_is_interrupted_goes_on_and_has_the_same_numbers(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_run(
-    make_sweep: Callable[..., Sweep],
+    make_sweep: Callable[[], "Sweep"],
 ) -> None:
     diverging = "{name: sgd, learning_rate: 1.0e+38, max_grad_norm: null}"
-    recipe = RECIPE.replace(
+    other = make_sweep()
+    other.vary(
         "optimizer.learning_rate: [3.0e-4, 1.0e-3]", f"optimizer: [{{name: adamw, learning_rate: 1.0e-3}}, {diverging}]"
     )
-    other = make_sweep(recipe.replace("max_steps: 12", "max_steps: 30").replace("[0.25, 1.0]", "[0.1, 1.0]"))
+    other.vary("max_steps: 12", "max_steps: 30")
+    other.vary("[0.25, 1.0]", "[0.1, 1.0]")
     process = other.start("--no-report")
     other.wait_for_a_state()
-    engines = [pid for pid, command in descendants(process.pid) if command.startswith("ray::Engine")]
+    engines = other.processes("ray::Engine")
     assert engines
     for pid in engines:
         os.kill(pid, signal.SIGKILL)
@@ -345,21 +251,3 @@ def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_r
         assert "the update was not made" in run.data.tags[names.FAILURE]
         assert all(math.isfinite(value) for _, value in other.history(run, names.TRAIN_LOSS))
     assert other.parent().info.status == "FAILED"
-
-
-def descendants(pid: int) -> list[tuple[int, str]]:
-    """Processes below ``pid``, with their command lines."""
-    parents: dict[int, int] = {}
-    commands: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue  # it ended meanwhile
-    found, frontier = [], {pid}
-    while frontier:
-        frontier = {child for child, parent in parents.items() if parent in frontier}
-        found += [(child, commands.get(child, "")) for child in frontier]
-    return found
