@@ -81,7 +81,7 @@ class Outlook:
         self.specs = [run.spec for run in self.plan.runs] if self.plan else list(dict.fromkeys(expand(self.recipe)))
         self.kinds = _kinds(self.recipe, self.specs)
         self.models = list(dict.fromkeys(kind.spec.model for kind in self.kinds))
-        self.missing = missing_datasets(self.recipe)
+        self.missing = [] if self.plan else missing_datasets(self.recipe)
         asked = Evaluation.load(self.recipe.eval)
         self.asked = {"grid": asked, "search": asked, "confirm": confirmation(self.recipe) or asked}
         """By role."""
