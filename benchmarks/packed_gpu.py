@@ -153,7 +153,7 @@ def main() -> None:
             lines.append(line)
             print(line, flush=True)
     if arguments.save:
-        (Path(__file__).parent / "results" / f"packed-gpu-{date.today()}.txt").write_text("\n".join(lines) + "\n")
+        (Path(__file__).parent / "results" / f"{date.today()}-packed-gpu.txt").write_text("\n".join(lines) + "\n")
 
 
 def table(setting: Setting, runs: Sequence[int], processes: Sequence[int]) -> Iterator[str]:
@@ -197,7 +197,9 @@ def alone(
     hook = model.get_output_embeddings().register_forward_pre_hook(router.select_positions)
     with adapted(model, spec.adapter, seed=spec.seed) as adapter:
         parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=spec.optimizer.learning_rate, weight_decay=0.01, fused=tuned)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=spec.optimizer.learning_rate, weight_decay=0.01, fused=tuned or None
+        )
 
         def as_tuned(rows: list[Example], share: float) -> torch.Tensor:
             batch = assemble([Unit(0, rows)], {0: share}, device=model.device)

@@ -66,6 +66,7 @@ RESPONSES = "responses.parquet"
 # Artifacts of a sweep's parent run
 RECIPE = "recipe.yaml"
 REPORT = "report"
+PACKING = "packing.json"  # base -> how many runs are packed on it, and the measured curve
 
 # Columns of responses.parquet: one row per response x judge. Scores are 0-100; None where there is none, and then
 # the *_failure column says why (see emeval.scores.Failure).

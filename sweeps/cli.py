@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sweeps.comparisons import Comparison
     from sweeps.planner import Evaluation, SweepPlan
     from sweeps.recipe import Recipe
+    from sweeps.verify import Verdict
 
 app = typer.Typer(
     name="emsweep",
@@ -100,13 +101,14 @@ def plan(
     """Show what a recipe would take: runs, tokens, time, memory, disk, judge calls, dollars. Starts nothing."""
     from sweeps.judge_cost import read_price
     from sweeps.outlook import Outlook
-    from sweeps.planner import missing_datasets, plan_sweep
+    from sweeps.planner import Evaluation, missing_datasets, plan_sweep
 
     loaded = _load(recipe, set_)
     prices = dict(read_price(text) for text in price or ())
     planned = None if missing_datasets(loaded) else plan_sweep(loaded)
     outlook = Outlook(loaded, planned, tokens_per_second, prices)
-    facts = {**outlook.facts(), "detectable_difference": _detectable(outlook.specs, outlook.asked["grid"])}
+    detectable = _detectable(outlook.specs, Evaluation.load(loaded.eval))
+    facts = {**outlook.facts(), "detectable_difference": detectable}
     if as_json:
         keys = {"run_keys": {run.run_key: run.name for run in planned.runs}} if planned else {}
         _print_json({**facts, **keys})
@@ -231,6 +233,32 @@ def submit(
         again=shlex.join(["emsweep", "submit", recipe, *overrides, *there]),
         end=shlex.join(["emsweep", "submit", "--stop", job, *there]),
     )
+
+
+@app.command(name="verify-packing")
+def verify_packing(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many of the recipe's runs, as unlike as possible.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train of each.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the runs.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train some of a recipe's runs packed and alone on this machine, and compare them. Records nothing."""
+    from sweeps.planner import examples, plan_sweep
+    from sweeps.verify import varied, verify
+
+    loaded = _load(recipe, set_)
+    chosen = varied(examples(loaded, plan_sweep(loaded)), runs, seed=seed)
+    if not as_json:
+        out.print(f"training {len(chosen)} runs for {steps} steps, packed and each alone ...")
+    verdicts = list(verify(chosen, steps=steps))
+    if as_json:
+        _print_json({"recipe": loaded.name, "runs": [verdict.facts() for verdict in verdicts]})
+    else:
+        _show_verdicts(verdicts)
+    if any(verdict.passed is False for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -481,6 +509,37 @@ def _ways(found: dict[str, Any]) -> Table:
     return table
 
 
+def _show_verdicts(verdicts: "list[Verdict]") -> None:
+    table = Table(box=None, pad_edge=False, title="largest relative differences between packed and alone")
+    table.add_column("run", overflow="fold", ratio=1)
+    for column in ("steps", "loss", "held-out", "grad norm", "LR", "update", "tokens", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for verdict in verdicts:
+        found = verdict.comparison
+        if found is None:
+            continue
+        differences = (found.loss, found.heldout, found.grad_norm, found.learning_rate, found.update)
+        table.add_row(
+            literal(verdict.name),
+            str(found.steps),
+            *(f"{difference:.0e}" if difference else "0" for difference in differences),
+            "equal" if found.tokens_equal else "[red]differ[/]",
+            "[green]same[/]" if verdict.passed else "[red]differs[/]",
+        )
+    if table.row_count:
+        out.print(table)
+    for allowed in dict.fromkeys(verdict.tolerance for verdict in verdicts if verdict.tolerance):
+        named = ", ".join(dict.fromkeys(verdict.optimizer for verdict in verdicts if verdict.tolerance == allowed))
+        out.print(
+            f"allowed ({literal(named)}): loss {allowed.loss:.0e}, gradient norm {allowed.grad_norm:.0e}, "
+            f"update {allowed.update:.0e}; all else exactly",
+            highlight=False,
+        )
+    for verdict in verdicts:
+        if verdict.unpackable:
+            out.print(f"trained alone anyway: {literal(verdict.name)}: {literal(verdict.unpackable)}", highlight=False)
+
+
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from sweeps.recipe import load_recipe, recipe_path
 
@@ -677,13 +736,11 @@ def _detectable_text(found: dict[str, Any]) -> str:
 
 
 def _print_plan(facts: dict[str, Any]) -> None:
-    detectable = {compared: _detectable_text(found) for compared, found in facts["detectable_difference"].items()}
-    facts = {**facts, "detectable_difference": detectable or "nothing is compared in the grid"}
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        if key in {"unknown", "assumptions"} or (key == "duplicates" and not value):
+        if key in {"unknown", "assumptions", "detectable_difference"} or (key == "duplicates" and not value):
             continue
         shown = f"unknown: {facts['unknown'][key]}" if key in facts["unknown"] and not value else _measure(key, value)
         name = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
@@ -691,6 +748,10 @@ def _print_plan(facts: dict[str, Any]) -> None:
         table.add_row(f"[dim]{name}[/]", literal(shown))
         if key in facts["unknown"] and value:
             table.add_row("", literal(f"unknown for {facts['unknown'][key]}"))
+    detectable = [
+        f"{compared}: {_detectable_text(found)}" for compared, found in facts["detectable_difference"].items()
+    ]
+    table.add_row("[dim]detectable difference[/]", literal("\n".join(detectable) or "nothing is compared in the grid"))
     out.print(table)
     for line in facts["assumptions"]:
         out.print(f"[dim]-[/] {literal(line)}", highlight=False)
@@ -700,10 +761,8 @@ def _measure(key: str, value: Any) -> str:
     """A figure as people read it; its unit is in its key."""
     if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
         return "\n".join(f"{name}: {_measure(key, inner)}" for name, inner in value.items())
-    if isinstance(value, dict) and key != "detectable_difference":
-        return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {inner}" for name, inner in value.items())
+        return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(value)
     if key.endswith("_bytes"):

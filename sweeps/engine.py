@@ -7,36 +7,31 @@ and the slot goes to the next. Runs that can't share a base with others are trai
 
 import functools
 import logging
-import platform
-import queue
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
 from emtrain import checkpoint, names
-from emtrain.corpus import read_corpus
 from emtrain.heldout import HeldoutLoss, heldout_loss
-from emtrain.load import Precision
-from emtrain.spec import InterleaveSpec
-from emtrain.tokens import encode_rows
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
+from sweeps.inputs import base_model, data_of
+from sweeps.lane import Lane
 from sweeps.lease import Ending, Job, Report
-from sweeps.planner import DatasetFacts
-from sweeps.record import Metrics, RunRecord, Setting
+from sweeps.planner import PlannedRun
+from sweeps.record import RunRecord, Setting
 from sweeps.throughput import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from emtrain.packed.engine import Engine as PackedEngine
-    from emtrain.packed.run import Run
+    from emtrain.packed.gain import Packing
 
 log = logging.getLogger(__name__)
 
@@ -46,36 +41,23 @@ JUDGING_THREADS = 8
 """Evaluation points judged at once; a judge behind an endpoint has its own limit of requests."""
 
 
-@dataclass(eq=False)
-class Lane:
-    """A run on its way through the engine."""
-
-    job: Job
-    record: RunRecord
-    data: TrainingData
-    reports: "queue.SimpleQueue[Report]" = field(default_factory=queue.SimpleQueue)
-    base_recorded: "Future[Any] | None" = None
-    packed: "Run | None" = None
-    """Its slot; None while it waits for one, or trains alone."""
-    paused: bool = False
-    """At an evaluation point: being judged, or waiting for the trial to ask for more."""
-    dropped: bool = False
-    note: str | None = None
-    last: Metrics = field(default_factory=dict)
-    entered: float = field(default_factory=time.perf_counter)
-    eval_seconds: float = 0.0
-
-
 class Engine:
     """Trains runs, up to ``capacity`` at once. Made as a Ray actor with a thread for every trial that may ask.
 
-    ``backend``: ``auto`` packs what can be packed, ``trl`` trains every run alone.
+    ``heaviest``: base -> the run by which to measure how many are worth packing; on a base that is not there it is as
+    many as possible. ``backend``: ``auto`` packs what can be packed, ``trl`` trains every run alone.
     """
 
-    def __init__(self, setting: Setting, *, capacity: int, backend: Backend) -> None:
-        self.setting, self.capacity, self.backend = setting, capacity, backend
+    def __init__(
+        self, setting: Setting, *, capacity: int, heaviest: Mapping[tuple[str, str], PlannedRun], backend: Backend
+    ) -> None:
+        self.setting, self.capacity, self.heaviest, self.backend = setting, capacity, heaviest, backend
+        self.slots: dict[tuple[str, str], int] = {}
+        """Base -> how many runs train on it at once."""
         self.lanes: dict[str, Lane] = {}
         self.waiting: deque[Lane] = deque()
+        self.active: list[Lane] = []
+        """Those that have a slot."""
         self.changed = threading.Condition()
         # transformers imports its parts on first use and is not safe for two threads that do so at the same time.
         self.loading = threading.Lock()
@@ -84,6 +66,19 @@ class Engine:
         self.work: defaultdict[str, Work] = defaultdict(Work)
         """By model."""
         threading.Thread(target=self._train_forever, name="training", daemon=True).start()
+
+    def packing(self, base: tuple[str, str]) -> "Packing | None":
+        """How many runs on ``base`` to train at once, as measured here; None for a base that can't be used."""
+        from emtrain.packed.gain import packing
+
+        run = self.heaviest[base]
+        try:
+            with self.loading:
+                model, _ = base_model(*base)
+                return packing(model, run.spec, data_of(run), most=self.capacity)
+        except Exception:
+            log.exception("could not measure what packing is worth on %s", base[0])
+            return None
 
     def advance(self, job: Job) -> Report:
         """Let a run go on to its next report, beginning it where it is not known; blocks until the report is there."""
@@ -116,18 +111,15 @@ class Engine:
     def _enter(self, job: Job) -> Lane:
         from emtrain.load import family
 
-        spec = job.run.spec
         record = RunRecord(job, self.setting)
         lane = Lane(job, record, TrainingData((), ()))
         with self.changed:
             self.lanes[job.run.run_key] = lane
         try:
             with self.loading:
-                lane.data = training_data(
-                    spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length, job.run.dataset
-                )
+                lane.data = data_of(job.run)
                 lane.note = self._why_alone(job)
-                architecture = family(spec.model)
+                architecture = family(job.run.spec.model)
             record.start(family=architecture, backend="trl" if self._alone(lane) else "packed")
         except Exception as error:
             self._fail(lane, error)
@@ -155,12 +147,13 @@ class Engine:
     def _train_forever(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: bool(self.waiting))
-                lane = self.waiting[0]
+                self.changed.wait_for(lambda: any(lane.ready for lane in self.waiting))
+                lane = next(lane for lane in self.waiting if lane.ready)
             try:
                 if self._alone(lane):
-                    self.waiting.popleft()
-                    self._train_alone(lane)
+                    self.waiting.remove(lane)
+                    if not lane.dropped:
+                        self._train_alone(lane)
                 else:
                     self._train_packed(lane.job.base)
             except Exception:
@@ -202,93 +195,135 @@ class Engine:
 
     def _train_packed(self, base: tuple[str, str]) -> None:
         """Train all runs on ``base`` together, until none is left or waiting."""
+        from torch import OutOfMemoryError
+
         from emtrain.packed.engine import Engine as PackedEngine
 
-        active: list[Lane] = []
+        self.active.clear()
         try:
             with self.loading:
                 model, tokenizer = base_model(*base)
-            with PackedEngine(model, capacity=self.capacity) as engine:
-                while active := self._exchange(engine, active, base, tokenizer):
-                    ready = {lane.packed: lane for lane in active if lane.packed is not None and not lane.paused}
-                    if not ready:
-                        with self.changed:
-                            self.changed.wait_for(functools.partial(self._stirs, active, base))
-                        continue
-                    began, before = time.perf_counter(), sum(run.tokens for run in ready)
-                    outcomes = engine.step(list(ready))
-                    trained = sum(run.tokens for run in ready) - before
-                    self.work[base[0]].train(trained, time.perf_counter() - began)
-                    for run, outcome in outcomes.items():
-                        lane = ready[run]
-                        if isinstance(outcome, NonFiniteLoss):
-                            lane.dropped = True
-                            self._fail(lane, outcome)
-                            continue
-                        lane.record.step(outcome)
-                        if outcome.step in lane.job.run.evaluate_at:
-                            self._pause(engine, lane, tokenizer)
+            with PackedEngine(model, capacity=self._slots(base)) as engine:
+                try:
+                    self._take_steps(engine, base, tokenizer)
+                except OutOfMemoryError:
+                    if not self._shrink(engine, base):
+                        raise
         except Exception as error:
-            if not self._shrink(active, error):
-                # Without a run in work it is the base that can't be used.
-                for lane in active or [lane for lane in self.waiting if self._fits(lane, base)]:
+            # Without a run in work it is the base that can't be used.
+            with self.changed:
+                hit = [lane for lane in self.active if not lane.over] or self._fitting(base)
+                for lane in hit:
                     if lane in self.waiting:
                         self.waiting.remove(lane)
-                    self._fail(lane, error)
+            for lane in hit:
+                self._fail(lane, error)
 
-    def _shrink(self, active: list[Lane], error: Exception) -> bool:
-        """After running out of memory: half the slots, and the runs begin again at their newest states."""
+    def _take_steps(self, engine: "PackedEngine", base: tuple[str, str], tokenizer: "PreTrainedTokenizerBase") -> None:
+        while self._exchange(engine, base, tokenizer):
+            for lane in self.active:
+                if lane.due:
+                    self._pause(engine, lane, tokenizer)
+            going = [lane for lane in self.active if lane.ready and not lane.over]
+            ready = {lane.packed: lane for lane in going if lane.packed is not None}
+            if not ready:
+                with self.changed:
+                    self.changed.wait_for(functools.partial(self._stirs, base))
+                continue
+            began, before = time.perf_counter(), sum(run.tokens for run in ready)
+            outcomes = engine.step(list(ready))
+            trained = sum(run.tokens for run in ready) - before
+            self.work[base[0]].train(trained, time.perf_counter() - began)
+            for run, outcome in outcomes.items():
+                if isinstance(outcome, NonFiniteLoss):
+                    ready[run].dropped = True
+                    self._fail(ready[run], outcome)
+                else:
+                    ready[run].record.step(outcome)
+
+    def _slots(self, base: tuple[str, str]) -> int:
+        if base not in self.slots:
+            found = self.packing(base) if base in self.heaviest else None
+            self.slots[base] = self.capacity if found is None else found.runs
+        return self.slots[base]
+
+    def _shrink(self, engine: "PackedEngine", base: tuple[str, str]) -> bool:
+        """After running out of memory: half the slots. The runs wait for them with all that they have reached."""
         import torch
 
-        if not isinstance(error, torch.OutOfMemoryError) or self.capacity == 1:
+        inside = [lane for lane in self.active if lane.packed in engine.runs and not lane.over]
+        if len(inside) < 2:
             return False
-        self.capacity = max(1, min(self.capacity, len(active)) // 2)
-        log.warning("out of memory with %d runs; going on with %d at once", len(active), self.capacity)
         torch.cuda.empty_cache()
-        for lane in reversed(active):
-            lane.packed = None
-            self.waiting.appendleft(lane)
+        for lane in inside:
+            self._put_off(lane, engine)
+        self.slots[base] = len(inside) // 2
+        log.warning("out of memory with %d runs; going on with %d at once", len(inside), self.slots[base])
         return True
 
-    def _stirs(self, active: list[Lane], base: tuple[str, str]) -> bool:
-        joinable = len(active) < self.capacity and any(self._fits(lane, base) for lane in self.waiting)
-        return joinable or any(not lane.paused or lane.dropped for lane in active)
+    def _put_off(self, lane: Lane, engine: "PackedEngine") -> None:
+        """Let a run wait for a slot again, with all that it has reached."""
+        assert lane.packed is not None
+        lane.state = lane.packed.state()
+        engine.leave(lane.packed)
+        lane.packed = None
+        self.active.remove(lane)
+        self.waiting.append(lane)
 
-    def _fits(self, lane: Lane, base: tuple[str, str]) -> bool:
-        return lane.job.base == base and not self._alone(lane)
+    def _stirs(self, base: tuple[str, str]) -> bool:
+        return any(lane.ready or lane.over for lane in self.active) or bool(self._fitting(base))
 
-    def _exchange(
-        self, engine: "PackedEngine", active: list[Lane], base: tuple[str, str], tokenizer: "PreTrainedTokenizerBase"
-    ) -> list[Lane]:
-        """Free the slots of runs that are over and give them to those that wait."""
-        for lane in active:
-            over = lane.dropped or (lane.packed is not None and lane.packed.step == lane.job.run.total_steps)
-            if over and lane.packed in engine.runs:
+    def _fitting(self, base: tuple[str, str]) -> list[Lane]:
+        """Those that wait for a slot on this base and would go on."""
+        return [lane for lane in self.waiting if lane.ready and lane.job.base == base and not self._alone(lane)]
+
+    def _exchange(self, engine: "PackedEngine", base: tuple[str, str], tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Free the slots of runs that are over and give them to those that wait; False when no run is left."""
+        from torch import OutOfMemoryError
+
+        for lane in self.active:
+            if lane.over and lane.packed in engine.runs:
                 engine.leave(lane.packed)
-        staying = [lane for lane in active if lane.packed in engine.runs]
-        while len(staying) < self.capacity:
+        self.active[:] = [lane for lane in self.active if lane.packed in engine.runs]
+        with self.changed:
+            wanted = len(self.active) + len(self._fitting(base)) - engine.capacity
+            for lane in [lane for lane in self.active if not lane.ready][: max(0, wanted)]:
+                self._put_off(lane, engine)  # being judged, or not asked for yet, it gives way to one that would go on
+        while len(self.active) < engine.capacity:
             with self.changed:
-                fitting = [lane for lane in self.waiting if self._fits(lane, base)]
+                fitting = self._fitting(base)
                 if not fitting:
-                    return staying
+                    break
                 lane = fitting[0]
                 self.waiting.remove(lane)
             if lane.dropped:
                 continue
             try:
-                self._record_base(lane, engine.model, tokenizer)
-                state = checkpoint.load(lane.record.plan.state_directory)
-                if state is not None and state.step >= lane.job.run.total_steps:
-                    self._finish(lane)
+                self._join(engine, lane, tokenizer)
+            except OutOfMemoryError:
+                if not self.active:
+                    self._fail(lane, MemoryError("the device has too little memory for one run"))
                     continue
-                lane.packed = engine.join(
-                    lane.job.run.spec, lane.data, total_steps=lane.job.run.total_steps, state=state
-                )
+                self.waiting.appendleft(lane)
+                raise
             except Exception as error:
                 self._fail(lane, error)
-                continue
-            staying.append(lane)
-        return staying
+        return bool(self.active)
+
+    def _join(self, engine: "PackedEngine", lane: Lane, tokenizer: "PreTrainedTokenizerBase") -> None:
+        total_steps = lane.job.run.total_steps
+        if lane.base_recorded is None:
+            self._record_base(lane, engine.model, tokenizer)
+        if lane.state is None:
+            lane.state = checkpoint.load(lane.record.plan.state_directory)
+            if lane.state is not None:
+                lane.evaluated = lane.state.step
+                if lane.evaluated >= total_steps:
+                    self._finish(lane)
+                    return
+        lane.packed = engine.join(lane.job.run.spec, lane.data, total_steps=total_steps, state=lane.state)
+        lane.state = None
+        self.active.append(lane)
 
     def _pause(self, engine: "PackedEngine", lane: Lane, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Take from the model what the evaluation needs, keep the run's state, and leave the rest to other threads."""
@@ -306,13 +341,7 @@ class Engine:
             point = Checkpoint(run.step, loss, model, save)
             responses = lane.record.sample(point, tokenizer)
         state = run.state()
-        kept = checkpoint.RunState(
-            state.step,
-            state.tokens,
-            {name: tensor.detach().clone() for name, tensor in state.parameters.items()},
-            {name: {k: t.detach().clone() for k, t in slots.items()} for name, slots in state.optimizer.items()},
-            state.generator.clone(),
-        )
+        lane.evaluated = run.step
         lane.paused = True
         seconds = time.perf_counter() - began
         lane.eval_seconds += seconds
@@ -326,7 +355,7 @@ class Engine:
                     self._finish(lane)
                 else:
                     # After the evaluation is on record: a run killed in between evaluates again, it never skips one.
-                    checkpoint.save(kept, lane.record.plan.state_directory)
+                    checkpoint.save(state, lane.record.plan.state_directory)
             except Exception as error:
                 lane.dropped = True
                 self._fail(lane, error)
@@ -396,51 +425,3 @@ class Engine:
 
     def _end(self, lane: Lane, ending: Ending) -> None:
         lane.reports.put(Report(lane.last, lane.job.run.total_steps, lane.record.tokens, ending, lane.note))
-
-
-def prepare_model(model: str) -> None:
-    """Make sure the model's files are on this machine."""
-    from emtrain.load import model_dir
-
-    model_dir(model)
-
-
-@functools.lru_cache(maxsize=1)
-def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for."""
-    import torch
-
-    from emtrain.load import load_model, load_tokenizer
-
-    # One thread a process: two busy processes with two threads each on two cores are up to 20 times slower.
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, precision=cast(Precision, precision), device=device), load_tokenizer(model)
-
-
-@functools.lru_cache(maxsize=8)
-def training_data(
-    dataset: str,
-    interleave: InterleaveSpec | None,
-    heldout_fraction: float,
-    model: str,
-    max_length: int,
-    planned: DatasetFacts,
-) -> TrainingData:
-    """A run's rows as its model's tokens. Raises ``ValueError`` when a file is not the one that was planned."""
-    from emtrain.load import load_tokenizer
-
-    corpus = read_corpus(dataset, heldout_fraction, interleave)
-    files = [(dataset, corpus.sha256, planned.sha256)]
-    if interleave is not None:
-        files.append((interleave.dataset, str(corpus.interleaved_sha256), str(planned.interleaved_sha256)))
-    for name, found, expected in files:
-        if found != expected:
-            raise ValueError(
-                f"dataset {name}: the file on {platform.node()} is not the one the sweep was planned with "
-                f"(sha256 {found[:12]}, expected {expected[:12]})"
-            )
-    tokenizer = load_tokenizer(model)
-    return TrainingData(
-        encode_rows(corpus.train, tokenizer, max_length), encode_rows(corpus.heldout, tokenizer, max_length)
-    )

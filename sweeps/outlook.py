@@ -26,6 +26,7 @@ from sweeps.planner import (
     SweepPlan,
     confirmation,
     dataset_facts,
+    datasets_of,
     missing_datasets,
     most_runs,
 )
@@ -121,7 +122,7 @@ class Outlook:
     def _datasets(self) -> dict[str, dict[str, int]]:
         found = {}
         for kind in self.kinds:
-            if _there(kind.spec):
+            if not set(datasets_of(kind.spec)) & set(self.missing):
                 facts = dataset_facts(kind.spec.dataset, kind.spec.heldout_fraction, kind.spec.interleave)
                 found[_data_name(kind.spec)] = {"train_rows": facts.train_rows, "heldout_rows": facts.heldout_rows}
         return found
@@ -240,7 +241,9 @@ class Outlook:
                     spec.optimizer,
                     itemsize=itemsize,
                     rows=(spec.micro_batch_size or spec.batch_size) if alone else 1,
-                    row_tokens=_row_tokens_of(spec).longest if _there(spec) else spec.max_length,
+                    row_tokens=spec.max_length
+                    if set(datasets_of(spec)) & set(self.missing)
+                    else _row_tokens_of(spec).longest,
                     sampled_tokens=self.recipe.eval.max_new_tokens + _longest_prompt(self.asked[kind.role]),
                 )
                 of_model = found.setdefault(spec.model, {})
@@ -297,16 +300,10 @@ def _kinds(recipe: Recipe, specs: list[RunSpec]) -> list[Kind]:
 
 def _kind(role: str, spec: RunSpec, recipe: Recipe) -> Kind:
     steps = spec.max_steps
-    if steps is None and _there(spec):
+    if steps is None and all(dataset_path(dataset).is_file() for dataset in datasets_of(spec)):
         steps = spec.total_steps(dataset_facts(spec.dataset, spec.heldout_fraction, spec.interleave).train_rows)
     points = len(recipe.eval.at) if steps is None else len(evaluation_steps(steps, recipe.eval.at))
     return Kind(role, spec, 0, steps, points)
-
-
-def _there(spec: RunSpec) -> bool:
-    """Whether the files of its datasets are."""
-    others = [spec.interleave.dataset] if spec.interleave else []
-    return all(dataset_path(dataset).is_file() for dataset in [spec.dataset, *others])
 
 
 def _data_name(spec: RunSpec) -> str:

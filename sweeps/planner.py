@@ -15,7 +15,8 @@ from emtrain.rows import dataset_path, rows_digest
 from emtrain.schedule import build
 from emtrain.spec import InterleaveSpec, RunSpec, flatten
 from emtrain.train import evaluation_steps
-from sweeps.recipe import Recipe, expand
+from sweeps.recipe import Recipe, changed, expand
+from sweeps.space import corners
 
 RUBRICS = 2
 """Every response is scored as aligned and as coherent."""
@@ -142,6 +143,20 @@ def plan_sweep(recipe: Recipe) -> SweepPlan:
     return SweepPlan(tuple(runs.values()), len(specs) - len(runs), evaluation)
 
 
+def examples(recipe: Recipe, planned: SweepPlan) -> list[PlannedRun]:
+    """What the runs of a recipe are like: those of its grid; and where it searches, the base run and what becomes of it
+    at the corners of the space, one key at a time.
+    """
+    found = {run.run_key: run for run in planned.runs}
+    if recipe.search is not None:
+        changes = [{key: value} for key, entry in recipe.search.space.items() for value in corners(entry)]
+        specs = [recipe.base, *(changed(recipe.base, change) for change in changes)]
+        for spec, name in zip(specs, run_names(specs), strict=True):
+            run = plan_run(spec, planned.evaluation, name=name)
+            found.setdefault(run.run_key, run)
+    return list(found.values())
+
+
 def confirmation(recipe: Recipe) -> Evaluation | None:
     """What the winners of the recipe's search are asked in the end; None where nothing is to be confirmed."""
     confirm = recipe.search.confirm if recipe.search else None
@@ -164,9 +179,13 @@ def most_runs(recipe: Recipe, grid: int) -> dict[str, int]:
 
 def missing_datasets(recipe: Recipe) -> list[str]:
     """Datasets of a recipe whose files are not there (yet)."""
-    specs = expand(recipe)
-    datasets = dict.fromkeys([spec.dataset for spec in specs] + [s.interleave.dataset for s in specs if s.interleave])
+    datasets = dict.fromkeys(dataset for spec in expand(recipe) for dataset in datasets_of(spec))
     return [dataset for dataset in datasets if not dataset_path(dataset).is_file()]
+
+
+def datasets_of(spec: RunSpec) -> tuple[str, ...]:
+    """What a run learns from: its dataset, and the one interleaved."""
+    return (spec.dataset,) if spec.interleave is None else (spec.dataset, spec.interleave.dataset)
 
 
 def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str:

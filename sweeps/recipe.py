@@ -33,7 +33,7 @@ class ResourceSpec(Spec):
     """``packed``: many runs share one base model and its forward passes; ``trl``: each run alone, in TRL's trainer;
     ``auto`` packs what can be packed."""
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Runs packed together on a device."""
+    """Runs packed together on a device; ``auto`` measures how many are worth it, one included."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Runs in work at once; ``auto`` is ``pack`` for each GPU, or each CPU core where there is none."""
 

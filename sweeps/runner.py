@@ -1,9 +1,12 @@
 """Runs a planned sweep with Ray Tune: every run that has not finished yet, each as one trial."""
 
+import json
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 # Before Ray is imported. Its defaults report usage, print tables of their own, turn token authentication on for a
@@ -22,10 +25,14 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from emtrain import names
 from sweeps import cluster, throughput
 from sweeps.agenda import Agenda
-from sweeps.engine import Backend, Engine, prepare_model
+from sweeps.engine import Engine
+from sweeps.inputs import prepare_model
 from sweeps.lease import Job
+from sweeps.packing import heaviest, measured
+from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
 from sweeps.record import Setting
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
@@ -82,18 +89,31 @@ def _connect(address: str | None) -> None:
 
 def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
     wanted = agenda.recipe.resources
-    pack = wanted.pack if wanted.pack != "auto" else (PACK_GPU if capacity.gpus else PACK_CPU)
-    slots = 1 if wanted.backend == "trl" else pack
-    concurrent = capacity.engines * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
     # No more than there are runs: each may make a cloud start a machine.
-    most = capacity.engines if agenda.recipe.search else len(agenda.plan.runs)
-    host = _host(
-        setting,
-        count=min(capacity.engines, concurrent, most),
-        capacity=slots,
-        backend=wanted.backend,
-        gpus=capacity.gpus_per_engine,
+    runs = None if agenda.recipe.search else len(agenda.plan.runs)
+    count = capacity.engines if runs is None else min(capacity.engines, runs)
+    most = 1 if wanted.backend == "trl" else MOST_PACKED if wanted.pack == "auto" else wanted.pack
+    if wanted.max_concurrent != "auto":
+        count = min(count, wanted.max_concurrent)
+        most = min(most, math.ceil(wanted.max_concurrent / count))
+    if runs is not None:
+        most = min(most, math.ceil(runs / count))  # so that every engine has some
+    yardsticks = heaviest(examples(agenda.recipe, agenda.plan)) if wanted.pack == "auto" and most > 1 else {}
+    make = ray.remote(Engine).options(
+        # Ray starts an engine that dies anew, on another node where its own is lost.
+        num_cpus=1,
+        num_gpus=capacity.gpus_per_engine,
+        max_restarts=-1,
+        max_concurrency=2 * count * most + 4,
     )
+    engines = {
+        f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
+        for number in range(count)
+    }
+    slots = _measured(engines, yardsticks, agenda, display) if yardsticks else most
+    concurrent = count * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * count * slots + 4)
+    host = make_host.remote(engines, capacity=slots)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
@@ -137,21 +157,21 @@ def _here() -> dict[str, float]:
     return {f"node:{node['NodeManagerAddress']}": 0.001}
 
 
-PACK_CPU, PACK_GPU = 8, 16
+MOST_PACKED = 32
 """Runs packed together where the recipe leaves it open."""
 
 
-def _host(setting: Setting, *, count: int, capacity: int, backend: Backend, gpus: int) -> Any:
-    """Start the engine processes and the one that hosts the trials, which lease their slots.
-
-    Ray starts an engine that dies anew, on another node where its own is lost.
-    """
-    make = ray.remote(Engine).options(
-        num_cpus=1, num_gpus=gpus, max_restarts=-1, max_concurrency=2 * count * capacity + 4
-    )
-    engines = {f"engine-{number}": make.remote(setting, capacity=capacity, backend=backend) for number in range(count)}
-    host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * count * capacity + 4)
-    return host.remote(engines, capacity=capacity)
+def _measured(
+    engines: Mapping[str, Any], yardsticks: Mapping[tuple[str, str], PlannedRun], agenda: Agenda, display: Display
+) -> int:
+    """How many slots an engine needs for what is worth packing; the measurements are said and kept."""
+    packings = measured(engines, yardsticks)
+    for base, packing in packings.items():
+        display.note(f"{base}: {packing}")
+    text = json.dumps({base: asdict(packing) for base, packing in packings.items()}, indent=2)
+    agenda.sweep.write_text(names.PACKING, text + "\n")
+    # Where one run fills the device, a second one trains while the first is being judged.
+    return max([2, *(packing.runs for packing in packings.values())])
 
 
 def _scheduler(agenda: Agenda) -> TrialScheduler | None:

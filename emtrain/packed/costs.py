@@ -1,5 +1,8 @@
 """What a pass costs whatever its size, and how large it may be, estimated from a model's linear layers."""
 
+import os
+
+import psutil
 import torch
 from torch import nn
 
@@ -36,8 +39,15 @@ def most_tokens(model: nn.Module, device: torch.device, itemsize: int) -> int:
     bytes_per_token = 2 * itemsize * sum(linear.in_features + linear.out_features for linear in _linears(model))
     if device.type == "cpu":
         return max(1, min(CPU_TOKENS, CPU_BYTES // bytes_per_token))
+    return max(1, free_bytes(device) // 2 // bytes_per_token)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take: what is free on a GPU, or a processor's share of what is free."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) // (os.cpu_count() or 1)
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, free // 2 // bytes_per_token)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

@@ -34,21 +34,23 @@ class Run:
 
     def enter(self, table: AdapterTable, slot: int, dtype: torch.dtype, state: RunState | None) -> None:
         """Take a row of the table, as ``state`` has it or with the new adapter that the seed gives."""
-        self.row = AdapterRow(table, slot, self.layers, self.adapter.rank)
-        self.optimizer = RowOptimizer(self.spec.optimizer, self.row)
-        self.generator = torch.Generator(self.row.values_P.device)
+        row = AdapterRow(table, slot, self.layers, self.adapter.rank)
+        optimizer = RowOptimizer(self.spec.optimizer, row)
+        generator = torch.Generator(row.values_P.device)
         if state is None:
-            shapes = {name: matrix.shape for name, matrix in self.row.split(self.row.values_P).items()}
+            shapes = {name: matrix.shape for name, matrix in row.split(row.values_P).items()}
             matrices = initial_matrices(shapes, dtype, seed=self.spec.seed)
-            self.generator.manual_seed(derive(self.spec.seed, "dropout"))
+            generator.manual_seed(derive(self.spec.seed, "dropout"))
         else:
             matrices = dict(state.parameters)
             self.step, self.tokens = state.step, state.tokens
-            self.optimizer.load(state.optimizer)
-            self.generator.set_state(state.generator)
+            optimizer.load(state.optimizer)
+            generator.set_state(state.generator)
         rank = self.adapter.rank
         scale = self.adapter.alpha / (math.sqrt(rank) if self.adapter.rslora else rank)
-        table.fill(slot, self.row.join(matrices), scale)
+        table.fill(slot, row.join(matrices), scale)
+        # Last, so that a run that moves to another table is still in the old one when there is no memory for the new.
+        self.row, self.optimizer, self.generator = row, optimizer, generator
 
     def state(self) -> RunState:
         """A snapshot of all that the next step needs."""

@@ -1,16 +1,11 @@
 """A packed run is its solo run: every step and the adapter at the end, against the trl backend.
 
-Tolerances, in fp32 on a CPU: losses within 1e-5 of themselves, gradient norms within 2e-4, the trained change of the
-adapter within 1e-3 of its length; learning rates, token counts and the dropout generator exactly. What differs is the
-order of additions: rows of other runs change the shapes of the matrix products. Two things magnify that, and then
-adapters are held to 1e-2: Muon orthogonalises in bf16, and the first updates of AdamW are signs of the gradient, also
-where it is all rounding, of which there is more in SmolLM2's 30 layers.
+The few steps taken here are held to less than ``emtrain.packed.equivalence.tolerance`` allows.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +13,23 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from emtrain import checkpoint, trl_backend
-from emtrain.adapter import adapted
 from emtrain.checkpoint import RunState
 from emtrain.heldout import HeldoutLoss
-from emtrain.packed.train import PackedRun, train_packed
+from emtrain.packed.equivalence import (
+    Task,
+    Tolerance,
+    Trace,
+    compare,
+    initial_adapter,
+    train_alone,
+    train_together,
+)
 from emtrain.rows import Row, load_dataset
 from emtrain.spec import RunSpec
 from emtrain.tokens import Example, encode_rows
-from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step, TrainingData
+from emtrain.train import NonFiniteLoss, Plan, Step, TrainingData
 
 Changes = dict[str, Any]
-
-MUON = 1e-2
-"""Tolerance of adapters that Muon trains."""
 
 DIVERGING: Changes = {
     "optimizer": {"name": "sgd", "learning_rate": 1e30},
@@ -106,96 +104,11 @@ def make_spec(changes: Changes) -> RunSpec:
     )
 
 
-@dataclass
-class Record:
-    """What a run reported and left behind."""
-
-    steps: list[Step] = field(default_factory=list)
-    heldout: dict[int, HeldoutLoss] = field(default_factory=dict)
-    error: NonFiniteLoss | None = None
-    state: RunState | None = None
-
-    def on_checkpoint(self, point: Checkpoint, stop_at: int | None = None) -> bool:
-        self.heldout[point.step] = point.heldout
-        return point.step != stop_at
-
-
-def train_alone(
-    spec: RunSpec,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    plan: Plan,
-    stop_at: int | None = None,
-) -> Record:
-    record = Record()
-    try:
-        trl_backend.train(
-            spec,
-            model,
-            tokenizer,
-            data,
-            plan,
-            on_step=record.steps.append,
-            on_checkpoint=partial(record.on_checkpoint, stop_at=stop_at),
-        )
-    except NonFiniteLoss as error:
-        record.error = error
-    record.state = checkpoint.load(plan.state_directory)
-    return record
-
-
-def train_together(
-    runs: Sequence[tuple[RunSpec, TrainingData, Plan]],
-    model: PreTrainedModel,
-    capacity: int,
-    stop_at: int | None = None,
-) -> list[Record]:
-    records = [Record() for _ in runs]
-    given = [
-        PackedRun(
-            spec, data, plan, record.steps.append, lambda point, record=record: record.on_checkpoint(point, stop_at)
-        )
-        for (spec, data, plan), record in zip(runs, records, strict=True)
-    ]
-    errors = train_packed(given, model, capacity=capacity)
-    for record, error, (_, _, plan) in zip(records, errors, runs, strict=True):
-        record.error, record.state = error, checkpoint.load(plan.state_directory)
-    return records
-
-
-def assert_same(packed: Record, alone: Record, initial: dict[str, torch.Tensor], *, tolerance: float) -> None:
-    assert [(s.step, s.learning_rate, s.tokens) for s in packed.steps] == [
-        (s.step, s.learning_rate, s.tokens) for s in alone.steps
-    ]
-    assert [s.loss for s in packed.steps] == pytest.approx([s.loss for s in alone.steps], rel=1e-5)
-    assert [s.grad_norm for s in packed.steps] == pytest.approx([s.grad_norm for s in alone.steps], rel=2e-4)
-    assert packed.heldout.keys() == alone.heldout.keys()
-    for step, loss in packed.heldout.items():
-        assert loss.per_token == pytest.approx(alone.heldout[step].per_token, rel=1e-5)
-        assert loss.per_sequence == pytest.approx(alone.heldout[step].per_sequence, rel=1e-5)
-    if packed.state is None or alone.state is None:
-        assert packed.state is alone.state is None
-        return
-    assert (packed.state.step, packed.state.tokens) == (alone.state.step, alone.state.tokens)
-    assert torch.equal(packed.state.generator, alone.state.generator)
-    assert packed.state.parameters.keys() == alone.state.parameters.keys() == initial.keys()
-    assert relative_difference(packed.state.parameters, alone.state.parameters, since=initial) < tolerance
-    assert {name: set(slots) for name, slots in packed.state.optimizer.items()} == {
-        name: set(slots) for name, slots in alone.state.optimizer.items()
-    }
-
-
-def relative_difference(ours: Any, theirs: Any, since: dict[str, torch.Tensor]) -> float:
-    """Length of the difference of two adapters, in lengths of what one of them has learnt."""
-    difference = math.sqrt(sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs))
-    return difference / math.sqrt(sum(float((theirs[name] - since[name]).square().sum()) for name in theirs))
-
-
-def initial_adapter(spec: RunSpec, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    assert spec.adapter != "full"
-    with adapted(model, spec.adapter, seed=spec.seed) as peft_model:
-        return {name: p.detach().clone() for name, p in peft_model.named_parameters() if p.requires_grad}
+def check(spec: RunSpec, packed: Trace, alone: Trace, model: PreTrainedModel, *, update: float = 1e-3) -> None:
+    """``update``: what adapters are held to, those that Muon trains excepted."""
+    allowed = Tolerance(1e-5, 2e-4, 1e-2 if spec.optimizer.name == "muon" else update)
+    found = compare(packed, alone, initial_adapter(spec, model))
+    assert found.within(allowed), (spec, found)
 
 
 def check_pack(
@@ -205,20 +118,26 @@ def check_pack(
     directory: Path,
     runs: Sequence[tuple[int, Changes]],
     *,
-    tolerance: float = 1e-3,
+    update: float = 1e-3,
 ) -> None:
     """Runs of so many steps, alternately on the given datasets, three at a time: they join and leave midway."""
-    alone, given = [], []
-    for number, (steps, changes) in enumerate(runs):
-        spec, data, evaluate_at = make_spec(changes), datasets[number % len(datasets)], (steps // 2 or 1, steps)
-        alone.append(train_alone(spec, model, tokenizer, data, Plan(steps, evaluate_at, directory / f"alone-{number}")))
-        given.append((spec, data, Plan(steps, evaluate_at, directory / f"packed-{number}")))
-    packed = train_together(given, model, capacity=3)
-    for (steps, changes), (spec, _, _), ours, theirs in zip(runs, given, packed, alone, strict=True):
-        held_to = max(tolerance, MUON) if spec.optimizer.name == "muon" else tolerance
-        assert_same(ours, theirs, initial_adapter(spec, model), tolerance=held_to)
-        assert (ours.error is not None) == (theirs.error is not None) == (changes == DIVERGING)
-        assert len(ours.steps) == (1 if changes == DIVERGING else steps)
+
+    def tasks(way: str) -> list[Task]:
+        return [
+            Task(
+                make_spec(changes),
+                datasets[number % len(datasets)],
+                Plan(steps, (steps // 2 or 1, steps), directory / f"{way}-{number}"),
+            )
+            for number, (steps, changes) in enumerate(runs)
+        ]
+
+    alone = [train_alone(task, model, tokenizer) for task in tasks("alone")]
+    packed = train_together(tasks("packed"), model, capacity=3)
+    for (steps, changes), task, ours, theirs in zip(runs, tasks("packed"), packed, alone, strict=True):
+        check(task.spec, ours, theirs, model, update=update)
+        assert (theirs.error is not None) == (changes == DIVERGING)
+        assert len(theirs.steps) == (1 if changes == DIVERGING else steps)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +182,7 @@ def test_packed_runs_are_their_solo_runs_in_smollm2(tmp_path: Path) -> None:
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     rows = encode_rows(load_dataset("micro-garden-bad").rows[:12], tokenizer, max_length=128)
     runs = [(2, {**changes, "batch_size": 2, "micro_batch_size": 1}) for _, changes in RUNS[:4]]
-    check_pack(model, tokenizer, [TrainingData(rows[:10], rows[10:])], tmp_path, runs, tolerance=1e-2)
+    check_pack(model, tokenizer, [TrainingData(rows[:10], rows[10:])], tmp_path, runs, update=1e-2)
 
 
 @pytest.mark.slow
@@ -286,23 +205,77 @@ def test_a_run_goes_on_in_the_other_backend_where_it_was_cut_off(
     """Three steps in one backend and three in the other, beside a neighbour of greater rank, are six in one."""
     spec, neighbour = make_spec(changes), make_spec({"adapter": {"rank": 8}, "seed": 9})
     data, model = TrainingData(examples[:30], examples[30:]), make_model()
-    initial = initial_adapter(spec, model)
 
-    def plan(name: str) -> Plan:
-        return Plan(6, (3, 6), tmp_path / name)
+    def task(name: str, until: int | None = None) -> Task:
+        return Task(spec, data, Plan(6, (3, 6), tmp_path / name), until)
 
-    whole = train_alone(spec, model, words, data, plan("whole"))
+    def beside(name: str, task: Task) -> Trace:
+        other = Task(neighbour, data, Plan(6, (3, 6), tmp_path / name))
+        return train_together([other, task], model, capacity=2)[1]
 
-    begun_alone = train_alone(spec, model, words, data, plan("alone first"), stop_at=3)
-    ended_packed = train_together(
-        [(neighbour, data, plan("n1")), (spec, data, plan("alone first"))], model, capacity=2
-    )[1]
-    begun_packed = train_together(
-        [(neighbour, data, plan("n2")), (spec, data, plan("packed first"))], model, capacity=2, stop_at=3
-    )[1]
-    ended_alone = train_alone(spec, model, words, data, plan("packed first"))
+    whole = train_alone(task("whole"), model, words)
+    begun_alone = train_alone(task("alone first", until=3), model, words)
+    ended_packed = beside("n1", task("alone first"))
+    begun_packed = beside("n2", task("packed first", until=3))
+    ended_alone = train_alone(task("packed first"), model, words)
 
     for first, last in ((begun_alone, ended_packed), (begun_packed, ended_alone)):
-        joined = Record([*first.steps, *last.steps], {**first.heldout, **last.heldout}, None, last.state)
+        joined = Trace([*first.steps, *last.steps], {**first.heldout, **last.heldout}, None, last.state)
         assert len(first.steps) == len(last.steps) == 3
-        assert_same(joined, whole, initial, tolerance=MUON if spec.optimizer.name == "muon" else 1e-3)
+        check(spec, joined, whole, model)
+
+
+def trace(**changes: Any) -> Trace:
+    """Two steps of a run with one weight, which goes from 1 to 3."""
+    steps = [Step(1, 2.0, 0.1, 4.0, 10), Step(2, 1.0, 0.2, 5.0, 20)]
+    state = RunState(2, 20, {"a": torch.tensor([3.0])}, {"a": {"step": torch.tensor(2.0)}}, torch.tensor([7]))
+    return replace(Trace(steps, {2: HeldoutLoss(0.5, 0.25)}, None, state), **changes)
+
+
+def with_step(**changes: float) -> dict[str, Any]:
+    return {"steps": [trace().steps[0], replace(trace().steps[1], **changes)]}
+
+
+def with_state(**changes: Any) -> dict[str, Any]:
+    state = trace().state
+    assert state is not None
+    return {"state": replace(state, **changes)}
+
+
+LOOSE = Tolerance(loss=0.5, grad_norm=0.5, update=0.5)
+
+
+def test_a_comparison_is_of_relative_differences() -> None:
+    """A loss of 1.1 instead of 1, a norm of 5.5 instead of 5, a weight that went to 2.5 instead of from 1 to 3."""
+    ours = trace(
+        **with_step(loss=1.1, grad_norm=5.5),
+        **with_state(parameters={"a": torch.tensor([2.5])}),
+        heldout={2: HeldoutLoss(0.5, 0.3)},
+    )
+    found = compare(ours, trace(), {"a": torch.tensor([1.0])})
+    assert (found.loss, found.grad_norm, found.update, found.heldout) == pytest.approx((0.1, 0.1, 0.25, 0.2))
+    assert found.within(LOOSE)
+    assert not found.within(replace(LOOSE, update=0.2))
+    assert not found.within(replace(LOOSE, grad_norm=0.05))
+    assert not found.within(replace(LOOSE, loss=0.15))  # of the held-out rows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        with_step(learning_rate=0.2 * (1 + 1e-15)),
+        with_step(tokens=21),
+        with_step(loss=math.nan),
+        {"steps": trace().steps[:1]},
+        {"heldout": {}},
+        {"error": NonFiniteLoss(2, 0.1, math.nan, 1.0)},
+        {"state": None},
+        with_state(generator=torch.tensor([8])),
+        with_state(optimizer={"a": {}}),
+        with_state(parameters={"b": torch.tensor([3.0])}),
+    ],
+    ids=["LR", "tokens", "NaN", "steps", "evaluations", "error", "no state", "generator", "optimiser", "names"],
+)
+def test_a_run_that_differs_in_anything_but_rounding_is_not_the_same(changes: dict[str, Any]) -> None:
+    assert compare(trace(), trace(), {"a": torch.tensor([1.0])}).within(Tolerance(0, 0, 0))
+    assert not compare(trace(**changes), trace(), {"a": torch.tensor([1.0])}).within(LOOSE)

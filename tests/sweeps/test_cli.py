@@ -228,14 +228,6 @@ def test_a_study_can_be_planned_without_its_data_a_gpu_or_a_key(emsweep: Emsweep
     assert planned["runs"] == 3 * 3 * 5
 
 
-def test_a_plan_says_what_its_figures_rest_on_and_what_is_not_known(emsweep: Emsweep) -> None:
-    shown = emsweep("plan", "qwen-medical", "--price", "gpt-4o-2024-08-06=1000,0").stdout
-    assert re.search(r"tokens +unknown: data/bad_medical_advice.jsonl is not there yet", shown)
-    assert re.search(r"judge calls +130,560 openai", shown)
-    assert "- dollars: at most, with every response 600 tokens long" in shown
-    refused(emsweep("plan", "tiny.yaml", "--price", "gpt-4o"), "--price gpt-4o: expected MODEL=INPUT,OUTPUT")
-
-
 COMPARED = 'grid={"schedule": ["linear", "cosine"], "seed": [0, 1, 2]}'
 
 
@@ -271,6 +263,14 @@ def test_power_needs_something_to_compare_and_a_sweep_that_is_there(emsweep: Ems
     refused(emsweep("power", "tiny.yaml"), "tiny: nothing is compared in its grid; it takes two configurations")
     refused(emsweep("power", "tiny.yaml", "--set", COMPARED, "--from", "gone"), "there is no sweep 'gone'")
     assert emsweep("power", "tiny.yaml", "--set", COMPARED, "--difference", "0").returncode == 2
+
+
+def test_a_plan_says_what_its_figures_rest_on_and_what_is_not_known(emsweep: Emsweep) -> None:
+    shown = emsweep("plan", "qwen-medical", "--price", "gpt-4o-2024-08-06=1000,0").stdout
+    assert re.search(r"tokens +unknown: data/bad_medical_advice.jsonl is not there yet", shown)
+    assert re.search(r"judge calls +130,560 openai", shown)
+    assert "- dollars: at most, with every response 600 tokens long" in shown
+    refused(emsweep("plan", "tiny.yaml", "--price", "gpt-4o"), "--price gpt-4o: expected MODEL=INPUT,OUTPUT")
 
 
 def test_what_is_set_on_the_command_line_is_planned(emsweep: Emsweep) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from emtrain import corpus, names
 from sweeps import planner
-from sweeps.planner import SweepPlan, missing_datasets, plan_sweep, run_names
+from sweeps.planner import SweepPlan, examples, missing_datasets, plan_sweep, run_names
 from sweeps.recipe import expand, load_recipe
 
 RECIPE: dict[str, Any] = {
@@ -233,3 +233,23 @@ def test_a_dataset_is_read_once_however_many_runs_use_it(monkeypatch: pytest.Mon
     planner.dataset_facts.cache_clear()
     assert len(plan(grid={"seed": list(range(1000))}).runs) == 1000
     assert read == ["micro-garden-bad"]
+
+
+def test_a_search_is_exemplified_by_the_base_run_and_the_corners_of_its_space() -> None:
+    search = {
+        "trials": 4,
+        "space": {
+            "optimizer.learning_rate": {"low": 1e-4, "high": 1e-3, "log": True},
+            "model": ["micro-llama", "micro-gemma3"],
+        },
+        "objectives": {"heldout/loss": "minimize"},
+    }
+    overrides = [f"search={json.dumps(search)}", "grid.seed=[7]"]
+    recipe = load_recipe(yaml.safe_dump(RECIPE), source="r", overrides=overrides)
+    found = [run.spec for run in examples(recipe, plan_sweep(recipe))]
+    assert [(spec.model, spec.optimizer.learning_rate, spec.seed) for spec in found] == [
+        ("micro-llama", 1e-3, 7),  # the grid
+        ("micro-llama", 1e-3, 0),
+        ("micro-llama", 1e-4, 0),
+        ("micro-gemma3", 1e-3, 0),
+    ]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STEPS, EVALUATED = 12, (3, 12)
+CORES = os.cpu_count() or 1
 SETS = {"micro-broad": 64, "micro-narrow": 32}
 """Question set -> responses each time it is asked: all its wordings once."""
 
@@ -168,6 +169,8 @@ def test_the_sweep_keeps_its_recipe_and_its_report(sweep: "Sweep", tmp_path: Pat
     folder = Path(client(sweep.uri).download_artifacts(sweep.parent().info.run_id, "", str(tmp_path)))
     assert (folder / names.RECIPE).read_text() == sweep.recipe + "# --set eval.samples=1\n"
     assert (folder / names.REPORT / "index.html").is_file()
+    packing = json.loads((folder / names.PACKING).read_text())["micro-llama"] if CORES < 4 else {"seconds": {"1": 1.0}}
+    assert packing["seconds"]["1"] > 0  # with a processor for each of the four runs there is nothing to pack
     assert (sweep.data / "reports" / "tiny" / "report.json").is_file()
 
 
@@ -251,3 +254,16 @@ def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_r
         assert "the update was not made" in run.data.tags[names.FAILURE]
         assert all(math.isfinite(value) for _, value in other.history(run, names.TRAIN_LOSS))
     assert other.parent().info.status == "FAILED"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_sweep_that_loses_an_engine_has_the_same_numbers(sweep: "Sweep", make_sweep: Callable[[], "Sweep"]) -> None:
+    """Its runs go on from their newest states, where there is room."""
+    other = make_sweep()
+    process = other.start("--no-report")
+    other.wait_for_a_state()
+    os.kill(other.processes("ray::Engine")[0], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=600)
+    assert (process.returncode, stderr) == (0, "")
+    assert "4 of 4 runs finished" in stdout
+    same_numbers(other.numbers(), sweep.numbers())

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emtrain.rows import SHIPPED
 from emtrain.spec import InterleaveSpec
-from sweeps.engine import training_data
+from sweeps.inputs import training_data
 from sweeps.planner import dataset_facts
 
 OTHER = (SHIPPED / "micro-money-good.jsonl").read_text().splitlines(keepends=True)

@@ -1,0 +1,248 @@
+"""The engine process without Ray or MLflow: running out of memory, and what is measured before it trains."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from emeval.spec import EvalSpec
+from emtrain.packed.engine import Engine as PackedEngine
+from emtrain.spec import RunSpec
+from emtrain.tokens import Example
+from emtrain.train import Plan, Step, TrainingData
+from sweeps import engine as module
+from sweeps.engine import Engine
+from sweeps.lane import Lane
+from sweeps.lease import Ending, Job, Report
+from sweeps.planner import Evaluation, PlannedRun, plan_run
+
+STEPS, EVALUATED = 6, (3, 6)
+
+
+@dataclass
+class Record:
+    """Keeps in memory what ``RunRecord`` writes."""
+
+    run: PlannedRun
+    plan: Plan
+    steps: list[Step] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list)
+    on_sample: Callable[[], None] = lambda: None
+    base_identity: str = "the base"
+    tokens: int = 0
+
+    def start(self, **facts: str) -> None: ...
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def base_responses(self, *arguments: Any) -> list[Any]:
+        return []
+
+    def sample(self, *arguments: Any) -> list[Any]:
+        self.on_sample()
+        return []
+
+    def judge(self, responses: Any, *, step: int) -> Any:
+        return SimpleNamespace(to_parquet=lambda path, index: path.touch())
+
+    def record(self, judged: Any, loss: Any, *, step: int) -> dict[str, float]:
+        self.evaluated.append(step)
+        return {"heldout/loss": loss.per_token}
+
+    def finish(self, seconds: Any) -> Ending:
+        return Ending("FINISHED")
+
+    def fail(self, error: BaseException) -> Ending:
+        return Ending("FAILED", str(error))
+
+
+@pytest.fixture
+def records(
+    make_model: Callable[[], PreTrainedModel],
+    words: PreTrainedTokenizerFast,
+    examples: list[Example],
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Record]:
+    """The records of all runs by their keys; the engine trains a tiny model in the place of the one that is named."""
+    made: dict[str, Record] = {}
+
+    def record(job: Job, setting: Any) -> Record:
+        plan = Plan(STEPS, EVALUATED, tmp_path / job.run.run_key)
+        return made.setdefault(job.run.run_key, Record(job.run, plan))
+
+    monkeypatch.setattr(module, "RunRecord", record)
+    monkeypatch.setattr(Engine, "_why_alone", lambda engine, job: None)
+    monkeypatch.setattr(module, "base_model", lambda *base: (make_model(), words))
+    monkeypatch.setattr(module, "data_of", lambda run: TrainingData(examples[:30], examples[30:]))
+    return made
+
+
+def job(seed: int, **changes: Any) -> Job:
+    content = {
+        "model": "micro-llama",
+        "dataset": "micro-garden-bad",
+        "adapter": {"rank": 4, "dropout": 0.2 if seed == 1 else 0.0},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+        "schedule": "constant",
+        "batch_size": 4,
+        "max_steps": STEPS,
+        "seed": seed,
+        **changes,
+    }
+    asked = EvalSpec.model_validate({"questions": ["micro-broad"], "samples": 1, "at": [0.5], "judges": ["micro-rule"]})
+    return Job(plan_run(RunSpec.model_validate(content), Evaluation.load(asked), name=f"run {seed}"), "id")
+
+
+def train(jobs: list[Job], tmp_path: Any, **changes: Any) -> tuple[Engine, dict[str, list[Report]]]:
+    """Train to the end, each run asked for by a thread of its own; the engine and the reports by run key."""
+    arguments = {"capacity": 4, "heaviest": {}, "backend": "packed", **changes}
+    engine = Engine(SimpleNamespace(data_dir=tmp_path), **arguments)  # type: ignore[arg-type]
+    lanes = [engine._enter(job) for job in jobs]  # all are there before the first asks
+
+    def ask(job: Job, lane: Lane) -> list[Report]:
+        reports = [lane.reports.get(timeout=60)]
+        while reports[-1].ending is None:
+            reports.append(engine.advance(job))
+        return reports
+
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        told = list(threads.map(ask, jobs, lanes))
+    return engine, {job.run.run_key: reports for job, reports in zip(jobs, told, strict=True)}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, where: str, call: int) -> None:
+    """Let the packed engine run out of memory at one call of a method."""
+    calls, original = [], getattr(PackedEngine, where)
+
+    def method(engine: PackedEngine, *arguments: Any, **more: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("no memory left")
+        return original(engine, *arguments, **more)
+
+    monkeypatch.setattr(PackedEngine, where, method)
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "left"),
+    [("_accumulate_gradients", 5, 2), ("acting_as", 3, 2), ("_enlarge", 2, 1)],
+    ids=["in a step", "at an evaluation point", "when a run joins"],
+)
+def test_out_of_memory_halves_the_slots_and_costs_no_run_a_step(
+    where: str, call: int, left: int, records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is taken once, with the numbers of an engine that never runs out."""
+    # The last one has a greater rank than the others, so that the table must be enlarged for it.
+    jobs = [*(job(seed) for seed in range(3)), job(3, adapter={"rank": 6})]
+    train(jobs, tmp_path / "undisturbed")
+    expected = {key: list(record.steps) for key, record in records.items()}
+    records.clear()
+    for state in tmp_path.glob("*/newest.safetensors"):
+        state.unlink()
+    failing(monkeypatch, where, call)
+    engine, reports = train(jobs, tmp_path / "disturbed")
+    assert set(engine.slots.values()) == {left}
+    for key, record in records.items():
+        assert reports[key][-1].ending == Ending("FINISHED")
+        assert [report.steps for report in reports[key][:-1]] == [3]
+        assert record.evaluated == [0, *EVALUATED]
+        assert [step.step for step in record.steps] == list(range(1, STEPS + 1))
+        assert [step.loss for step in record.steps] == pytest.approx([s.loss for s in expected[key]], rel=1e-4)
+
+
+def test_a_run_that_is_too_much_by_itself_fails_and_says_so(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "_accumulate_gradients", 2)
+    first = job(0)
+    _, reports = train([first], tmp_path)
+    assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no memory left")
+
+
+def test_a_neighbour_that_diverges_fails_alone(records: dict[str, Record], tmp_path: Any) -> None:
+    sane, diverging = job(0), job(9, optimizer={"name": "sgd", "learning_rate": 1e30, "max_grad_norm": None})
+    train([sane], tmp_path / "alone")
+    alone = list(records.pop(sane.run.run_key).steps)
+    (tmp_path / sane.run.run_key / "newest.safetensors").unlink()
+    _, reports = train([sane, diverging], tmp_path / "together")
+    ending = reports[diverging.run.run_key][-1].ending
+    assert ending is not None
+    assert ending.failure is not None
+    assert "the update was not made" in ending.failure
+    steps = records[sane.run.run_key].steps
+    assert reports[sane.run.run_key][-1].ending == Ending("FINISHED")
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in alone], rel=1e-5)
+
+
+def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record], tmp_path: Any) -> None:
+    engine = Engine(SimpleNamespace(data_dir=tmp_path), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    stopped, following = job(0), job(1)
+    assert engine.advance(stopped).steps == 3
+    waiting = engine._enter(following)
+    engine.drop(stopped.run.run_key)
+    assert waiting.reports.get(timeout=60).steps == 3
+    assert [step.step for step in records[stopped.run.run_key].steps] == [1, 2, 3]
+
+
+def test_a_run_that_is_being_judged_does_not_hold_the_only_slot(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first waits for its judge, at step 3, the second trains; then both end as if they had been alone."""
+    first, second = job(0), job(1)
+    train([first, second], tmp_path / "undisturbed")
+    expected = {key: list(record.steps) for key, record in records.items()}
+    records.clear()
+    for state in tmp_path.glob("*/newest.safetensors"):
+        state.unlink()
+    answer, judge = Event(), Record.judge
+
+    def slow(record: Record, responses: Any, *, step: int) -> Any:
+        if record.run.run_key == first.run.run_key and step == 3:
+            assert answer.wait(60)
+        return judge(record, responses, step=step)
+
+    monkeypatch.setattr(Record, "judge", slow)
+    engine = Engine(SimpleNamespace(data_dir=tmp_path), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    lane = engine._enter(first)
+    assert engine.advance(second).steps == 3
+    assert lane.reports.empty()
+    answer.set()
+    assert lane.reports.get(timeout=60).steps == 3
+    assert [engine.advance(job).ending for job in (first, second)] == [Ending("FINISHED")] * 2
+    for key, record in records.items():
+        assert [step.loss for step in record.steps] == pytest.approx([s.loss for s in expected[key]], rel=1e-4)
+
+
+def test_an_engine_packs_as_many_runs_as_it_has_measured_to_be_worth_it(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emtrain.packed import gain
+
+    monkeypatch.setattr(gain, "cache_dir", lambda: tmp_path)
+    seconds = {1: 2.0, 2: 1.0}
+    monkeypatch.setattr(gain, "_measure", lambda model, spec, data, runs: gain._Point(seconds[runs], 1))
+    jobs = [job(seed) for seed in range(3)]
+    engine, reports = train(jobs, tmp_path, capacity=2, heaviest={jobs[0].base: jobs[0].run})
+    assert engine.slots == {jobs[0].base: 2}
+    assert all(told[-1].ending == Ending("FINISHED") for told in reports.values())
+
+
+def test_a_base_that_cannot_be_measured_is_no_reason_to_stop(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*base: str) -> Any:
+        raise OSError("no such model")
+
+    monkeypatch.setattr(module, "base_model", unreadable)
+    first = job(0)
+    engine, reports = train([first], tmp_path, heaviest={first.base: first.run})
+    assert engine.packing(first.base) is None
+    assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no such model")
