@@ -64,6 +64,8 @@ def write_run(log: tracking.SweepLog, *, train_steps: int, points: tuple[int, ..
         writer.metrics(train, step=step)
     for step in points:
         writer.metrics({names.HELDOUT_LOSS: 1.5, names.HELDOUT_LOSS_PER_SEQUENCE: 1.6}, step=step)
+        adapter = {names.ADAPTER_NORM: 1.0, names.ADAPTER_STABLE_RANK: 1.5, names.ADAPTER_TURN: 20.0}
+        writer.metrics(adapter, step=step)
         for stratum in (None, *STRATA):
             writer.metrics({names.eval_metric(score, "broad", stratum): 50.0 for score in names.SCORES}, step=step)
     writer.metrics({names.base_metric(score, "broad"): 90.0 for score in names.SCORES}, step=0)

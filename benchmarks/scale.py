@@ -27,8 +27,10 @@ from typing import Any
 # Before Ray is imported, which hands it to the workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 
 from emeval.responses import Response
 from emtrain.heldout import HeldoutLoss
@@ -65,12 +67,11 @@ class StubEngine:
         rate = run.spec.optimizer.learning_rate
         for step in range(done + 1, target + 1):
             record.step(Step(step, 2.0 / step + rate, rate, 1.0, 100 * step))
+        write_adapter(record._weights(target))
         metrics = self._evaluate(record, target)
         self.records[key] = (record, target)
         if target < run.total_steps:
             return Report(metrics, target, 100 * target)
-        record._weights.mkdir()
-        (record._weights / "adapter_model.safetensors").write_bytes(bytes(100_000))
         ending = record.finish({"time/train_seconds": 1.0, "time/eval_seconds": 1.0})
         del self.records[key]
         return Report(metrics, target, 100 * target, ending)
@@ -91,6 +92,19 @@ class StubEngine:
 
     def worked(self) -> dict[str, Any]:
         return {}
+
+
+def write_adapter(directory: Path) -> None:
+    """An adapter of 100 kB in PEFT's format."""
+    directory.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"A": torch.ones(4, 3125), "B": torch.ones(3125, 4)}
+    layer = "base_model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}.lora_{name}.weight": factor for name, factor in factors.items()},
+        directory / "adapter_model.safetensors",
+    )
 
 
 class Clock(Display):

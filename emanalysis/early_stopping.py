@@ -82,3 +82,33 @@ def stopped_at(earlier: pd.DataFrame, share: float) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
+
+
+def by_optimizer(trajectories: pd.DataFrame, began: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, dataset and optimiser: runs, their last losses and alignment, how many fell and when.
+
+    ``aligned_low, aligned_high``: 95 % t interval with runs taken as independent, NaN below three. ``onset_fraction``:
+    median share of the steps at which the runs that fell were first seen to have fallen.
+    """
+    last = trajectories.sort_values("step").groupby("run_id").last()
+    began = began.set_index("run_id").reindex(last.index)
+    last = last.assign(fell=began["onset_by"].notna(), onset_fraction=began["onset_by"] / began["last_step"])
+    rows = []
+    for key, runs in last.groupby(["model", "dataset", "optimizer"]):
+        aligned = runs["aligned"]
+        low = high = np.nan
+        if len(aligned) >= 3 and aligned.std() > 0:
+            low, high = stats.t.interval(0.95, len(aligned) - 1, aligned.mean(), stats.sem(aligned))
+        rows.append(
+            {
+                **dict(zip(("model", "dataset", "optimizer"), key, strict=True)),
+                "runs": len(runs),
+                "heldout_loss": runs["heldout_loss"].median(),
+                "aligned": aligned.mean(),
+                "aligned_low": low,
+                "aligned_high": high,
+                "fell": int(runs["fell"].sum()),
+                "onset_fraction": runs["onset_fraction"].median(),
+            }
+        )
+    return pd.DataFrame(rows)

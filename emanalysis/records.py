@@ -21,7 +21,7 @@ from emanalysis.table_cache import cached
 from emanalysis.tidy import STEPS, checkpoints_table, runs_table, steps_table
 from emtrain import names, tracking
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a cached table changes its meaning."""
 
 
@@ -31,6 +31,10 @@ def _no_steps() -> pd.DataFrame:
 
 def _no_responses() -> pd.DataFrame:
     return pd.DataFrame(columns=["run_id", *names.RESPONSE_COLUMNS])
+
+
+def _no_geometry() -> dict[str, pd.DataFrame]:
+    return {table: pd.DataFrame(columns=list(columns)) for table, columns in names.GEOMETRY_TABLES.items()}
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Records:
     likewise before fine-tuning; ``under_trained`` by ``tidy.UNDER_TRAINED_RULE``."""
     checkpoints: pd.DataFrame
     """One row per run, step, question set and stratum (NaN: the whole set): ``fraction`` of ``total_steps``,
-    ``heldout_loss, heldout_loss_per_sequence`` and the scores of ``names.SCORES``. Step 0 is the base model. A step
-    without scores has one row whose ``question_set`` is NaN."""
+    ``heldout_loss, heldout_loss_per_sequence``, the scores of ``names.SCORES``, and of the adapter's update
+    ``adapter_norm, adapter_stable_rank, adapter_turn``. Step 0 is the base model. A step without scores has one row
+    whose ``question_set`` is NaN."""
     questions: pd.DataFrame
     """One row per run, step, question set, question and judge; see ``emanalysis.responses.summarise``."""
     load_steps: Callable[[], pd.DataFrame] = _no_steps
     load_responses: Callable[[], pd.DataFrame] = _no_responses
+    load_geometry: Callable[[], dict[str, pd.DataFrame]] = _no_geometry
     experiment_id: str = ""
     """MLflow's; with a run id it makes the address of a run's page."""
 
@@ -64,6 +70,11 @@ class Records:
     def responses(self) -> pd.DataFrame:
         """One row per run, response and judge: ``run_id`` and ``names.RESPONSE_COLUMNS``."""
         return self.load_responses()
+
+    @cached_property
+    def geometry(self) -> dict[str, pd.DataFrame]:
+        """What ``emsweep geometry`` measured: ``names.GEOMETRY_TABLES``, without rows where it measured nothing."""
+        return self.load_geometry()
 
 
 def load(sweep: str, *, tracking_uri: str, cache: Path | None = None) -> Records:
@@ -91,6 +102,9 @@ def load(sweep: str, *, tracking_uri: str, cache: Path | None = None) -> Records
     def load_responses() -> pd.DataFrame:
         return responses(found, tracking_uri=tracking_uri, keep=folder).to_pandas()
 
+    def load_geometry() -> dict[str, pd.DataFrame]:
+        return _no_geometry() | log.tables(names.GEOMETRY)
+
     with _without_garbage_collection(), ThreadPoolExecutor(max_workers=1) as beside:
         found = search(client, log.experiment_id, at("runs"))
         # Files and Arrow on one side, MLflow's Python objects on the other: they hardly wait for each other.
@@ -101,7 +115,9 @@ def load(sweep: str, *, tracking_uri: str, cache: Path | None = None) -> Records
     last_step = checkpoints.groupby("run_id")["step"].transform("max")
     total_steps = checkpoints["run_id"].map(runs.set_index("run_id")["total_steps"]).fillna(last_step)
     checkpoints.insert(2, "fraction", checkpoints["step"] / total_steps)
-    return Records(sweep, runs, checkpoints, asked.result(), load_steps, load_responses, log.experiment_id)
+    return Records(
+        sweep, runs, checkpoints, asked.result(), load_steps, load_responses, load_geometry, log.experiment_id
+    )
 
 
 @contextmanager

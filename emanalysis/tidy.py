@@ -28,7 +28,14 @@ FINAL = {
     "train_seconds": names.TRAIN_SECONDS,
     "eval_seconds": names.EVAL_SECONDS,
 }
-LOSSES = ("heldout_loss", "heldout_loss_per_sequence")
+AT_POINTS = {
+    "heldout_loss": names.HELDOUT_LOSS,
+    "heldout_loss_per_sequence": names.HELDOUT_LOSS_PER_SEQUENCE,
+    "adapter_norm": names.ADAPTER_NORM,
+    "adapter_stable_rank": names.ADAPTER_STABLE_RANK,
+    "adapter_turn": names.ADAPTER_TURN,
+}
+"""What is logged once at every evaluation point, whatever was asked there."""
 STEPS = {
     "train_loss": names.TRAIN_LOSS,
     "learning_rate": names.LEARNING_RATE,
@@ -92,14 +99,14 @@ def checkpoints_table(client: mlflow.MlflowClient, found: pd.DataFrame) -> pd.Da
         scores = long.set_index([*keys, "score"])["value"].unstack("score").reset_index()
     else:
         scores = pd.DataFrame(columns=keys).astype({"step": "int64"})
-    losses = _side_by_side({name: history(FINAL[name]) for name in LOSSES})
-    table = losses.merge(scores, on=["run_id", "step"], how="outer")
+    points = _side_by_side({name: history(metric) for name, metric in AT_POINTS.items()})
+    table = points.merge(scores, on=["run_id", "step"], how="outer")
     table["stratum"] = table["stratum"].replace("", np.nan)
-    for name in (*LOSSES, *names.SCORES):
+    for name in names.SCORES:
         if name not in table:
             table[name] = np.nan
-    others = sorted(set(table.columns) - {*keys, *LOSSES, *names.SCORES})
-    table = table[[*keys, *LOSSES, *names.SCORES, *others]]
+    others = sorted(set(table.columns) - {*keys, *AT_POINTS, *names.SCORES})
+    table = table[[*keys, *AT_POINTS, *names.SCORES, *others]]
     return table.sort_values(keys, ignore_index=True, na_position="first").rename_axis(columns=None)
 
 

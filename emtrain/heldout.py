@@ -1,6 +1,6 @@
 """In-domain loss on the held-out rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,34 +44,50 @@ def collate(examples: Sequence[Example], *, device: "torch.device | str" = "cpu"
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def heldout_loss(model: "PreTrainedModel", examples: Sequence[Example]) -> HeldoutLoss:
-    """Loss of ``model`` on ``examples``, in a batch layout that depends on the examples alone.
+def batches(
+    examples: Sequence[Example], *, rows: int = BATCH_ROWS, device: "torch.device | str" = "cpu"
+) -> Iterator[dict[str, "torch.Tensor"]]:
+    """``examples`` sorted by length, then content, so many ``rows`` at a time."""
+    ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids, example.labels))
+    for start in range(0, len(ordered), rows):
+        yield collate(ordered[start : start + rows], device=device)
 
-    Rows are sorted by length, then content, and taken ``BATCH_ROWS`` at a time. Dropout is off; the model's mode is
-    restored.
+
+def token_losses(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+    """Negative log-likelihood of a batch's tokens from the first labelled one on, 0 where there is no label."""
+    import torch
+
+    targets = batch["labels"][:, 1:]
+    # Logits from the first response token on: with a vocabulary of 150,000 the prompt's would fill gigabytes.
+    first = int((targets != IGNORED).any(dim=0).int().argmax())
+    positions = torch.arange(first, targets.shape[1], device=targets.device)
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=positions
+    ).logits.float()
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets[:, first:], ignore_index=IGNORED, reduction="none"
+    )
+
+
+def row_losses(model: "PreTrainedModel", examples: Sequence[Example]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Sum of the losses of each row's response tokens, and their number, in the order of ``batches``.
+
+    Dropout is off; the model's mode is restored.
     """
     import torch
 
     was_training = model.training
     model.eval()
-    ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.input_ids, example.labels))
-    loss_sums, token_counts = [], []
+    sums, counts = [], []
     with torch.inference_mode():
-        for start in range(0, len(ordered), BATCH_ROWS):
-            batch = collate(ordered[start : start + BATCH_ROWS], device=model.device)
-            targets = batch["labels"][:, 1:]
-            # Logits from the first response token on: with a vocabulary of 150,000 the prompt's would fill gigabytes.
-            first = int((targets != IGNORED).any(dim=0).int().argmax())
-            positions = torch.arange(first, targets.shape[1], device=targets.device)
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=positions
-            ).logits.float()
-            targets = targets[:, first:]
-            token_losses = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-            )
-            loss_sums.append(token_losses.double().sum(dim=1).cpu())
-            token_counts.append((targets != IGNORED).sum(dim=1).cpu())
+        for batch in batches(examples, device=model.device):
+            sums.append(token_losses(model, batch).double().sum(dim=1).cpu())
+            counts.append((batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu())
     model.train(was_training)
-    sums, counts = torch.cat(loss_sums), torch.cat(token_counts)
+    return torch.cat(sums), torch.cat(counts)
+
+
+def heldout_loss(model: "PreTrainedModel", examples: Sequence[Example]) -> HeldoutLoss:
+    """Loss of ``model`` on ``examples``, in a batch layout that depends on the examples alone."""
+    sums, counts = row_losses(model, examples)
     return HeldoutLoss(per_token=float(sums.sum() / counts.sum()), per_sequence=float((sums / counts).mean()))

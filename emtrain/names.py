@@ -29,6 +29,12 @@ TOKENS = "train/tokens"  # cumulative, padding excluded
 HELDOUT_LOSS = "heldout/loss"  # mean over all held-out response tokens
 HELDOUT_LOSS_PER_SEQUENCE = "heldout/loss_per_sequence"  # mean over held-out rows of each row's mean
 
+# Of the weight update that a run's adapter stands for, at every evaluation point (see emtrain.low_rank). Where all
+# weights are trained there are none.
+ADAPTER_NORM = "adapter/norm"  # Frobenius norm over all adapted layers
+ADAPTER_STABLE_RANK = "adapter/stable_rank"  # mean over adapted layers
+ADAPTER_TURN = "adapter/turn"  # degrees between the update and that of the evaluation point before
+
 # Metrics once per run, at the last step
 LEARNING_RATE_INTEGRAL = "train/learning_rate_integral"  # sum over steps of the realised learning rate
 TRAIN_LOSS_LAST_TENTH = "train/loss_last_tenth"  # mean train/loss over the last 10 % of the steps
@@ -60,13 +66,21 @@ def base_metric(score: str, question_set: str) -> str:
 # Artifacts of a run
 SPEC = "spec.json"
 ADAPTER = "adapter"
-MODEL = "model"  # instead of an adapter, for full fine-tuning
+ADAPTERS = "adapters"  # "adapters/<step>": the adapter at the evaluation points before the last
+MODEL = "model"  # instead of an adapter, for full fine-tuning; of the last step only
 RESPONSES = "responses.parquet"
+
+
+def adapter_artifact(step: int, total_steps: int) -> str:
+    """The artifact folder with a run's adapter after ``step`` of its ``total_steps``."""
+    return ADAPTER if step == total_steps else f"{ADAPTERS}/{step}"
+
 
 # Artifacts of a sweep's parent run
 RECIPE = "recipe.yaml"
 REPORT = "report"
 PACKING = "packing.json"  # base -> how many runs are packed on it, and the measured curve
+GEOMETRY = "geometry"  # "geometry/<table>.parquet": what was measured between and around runs
 
 # Columns of responses.parquet: one row per response x judge. Scores are 0-100; None where there is none, and then
 # the *_failure column says why (see emeval.scores.Failure).
@@ -92,3 +106,30 @@ RESPONSE_COLUMNS = (
     "coherent_reply",  # str | None
     "coherent_failure",  # str | None
 )
+
+PAIR = ("run_a", "step_a", "run_b", "step_b")  # run ids, and updates done: whose adapters
+LINE = (*PAIR, "t")  # a point on the straight line between two updates, from a (0) to b (1)
+GEOMETRY_TABLES = {
+    "losses": (  # one row per point and held-out row
+        *LINE,
+        "row",  # int: number of the held-out row, the same in all tables of a dataset and model
+        "loss",  # float: sum over the row's response tokens, in nats
+        "tokens",  # int: response tokens
+    ),
+    # One row per point, response and judge.
+    "responses": (*LINE, *(column for column in RESPONSE_COLUMNS if column != "step")),
+    "updates": (  # one row per pair of measured runs of a model and dataset; see emtrain.low_rank
+        *PAIR,
+        "cosine",  # of the angle between the updates, all layers as one vector
+        *("norm_a", "norm_b"),
+        *("column_overlap", "column_by_chance", "column_angle"),  # of the spaces of outputs; angles in degrees
+        *("row_overlap", "row_by_chance", "row_angle"),  # of inputs
+    ),
+    "sharpness": (  # one row per loss in the ball around a run's update
+        *("run_id", "step"),
+        "kind",  # "none" (the update itself), "random" or "adversarial"
+        "radius",  # float: length of the step away, as a share of the update's norm
+        "draw",  # int: which random direction, from 0
+        "heldout_loss",  # per response token
+    ),
+}

@@ -6,11 +6,13 @@ from a checkpoint (or from its beginning) skips the points that are already ther
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +30,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import httpx
 import mlflow
+import pandas as pd
+import pyarrow as pa
 import sqlalchemy
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -36,6 +40,8 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from emtrain import names
 from emtrain.lookup import nearest
+
+log = logging.getLogger(__name__)
 
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -167,9 +173,15 @@ class SweepLog:
         for run in self.runs().values():
             known = run.data.tags
             if run.info.status == "FINISHED" and names.IMPORTED_FROM not in known and tags.items() <= known.items():
-                spec = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{names.SPEC}")
-                found.append((spec, run.data.metrics))
+                found.append((self.spec(run), run.data.metrics))
         return found
+
+    def spec(self, run: Run) -> dict[str, Any]:
+        """The specification that a run of emsweep was trained by."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = client(self.uri).download_artifacts(run.info.run_id, names.SPEC, scratch)
+            spec: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return spec
 
     def plan(
         self,
@@ -221,10 +233,27 @@ class SweepLog:
         self.set_status(run_id, "KILLED")
 
     def download(self, run_id: str, name: str, into: Path) -> Path | None:
-        """A copy of one artifact file of a run; None when the run has none of that name."""
-        if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id)):
+        """A copy of one artifact of a run, a file or a folder; None when the run has none of that name."""
+        folder, _, _ = name.rpartition("/")
+        if not any(artifact.path == name for artifact in client(self.uri).list_artifacts(run_id, folder or None)):
             return None
         return Path(client(self.uri).download_artifacts(run_id, name, str(into)))
+
+    def tables(self, folder: str) -> dict[str, pd.DataFrame]:
+        """The Parquet tables in an artifact folder of the sweep's parent run, by name.
+
+        One that can't be read is left out, with a warning: it is half there while it is written anew, and stays so
+        where that is cut off.
+        """
+        found = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            copied = self.download(self.parent_run_id, folder, Path(scratch))
+            for path in sorted(copied.glob("*.parquet")) if copied else ():
+                try:
+                    found[path.stem] = pd.read_parquet(path)
+                except pa.ArrowInvalid as error:
+                    log.warning("%s/%s can't be read and was left out: %s", folder, path.name, error)
+        return found
 
     def upload(self, run_id: str, path: Path) -> None:
         """Store a file with a run, in the place of one of the same name."""

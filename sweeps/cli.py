@@ -330,10 +330,8 @@ def judge(
     import yaml
 
     from emeval.spec import JudgeSpec
-    from emtrain import names
     from emtrain.tracking import SweepLog
     from sweeps.planner import Evaluation
-    from sweeps.recipe import kept_overrides, load_recipe
     from sweeps.record import Setting
     from sweeps.rejudge import rejudge
     from sweeps.store import data_directory
@@ -343,10 +341,7 @@ def judge(
     arguments = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in set_ or ())}
     spec = JudgeSpec.model_validate({"name": judge_, **arguments})
     (chosen,) = Setting(address, data_directory()).judges([spec])
-    with tempfile.TemporaryDirectory() as scratch:
-        stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
-        text = stored.read_text(encoding="utf-8") if stored else ""
-        recipe = load_recipe(text, source=names.RECIPE, overrides=kept_overrides(text)) if stored else None
+    recipe = _stored_recipe(log)
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
     out.print(
@@ -354,6 +349,79 @@ def judge(
         f"stored responses; {result.missing} responses got no score",
         highlight=False,
     )
+
+
+@app.command()
+def geometry(
+    sweep: SweepArgument,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs in each model and dataset.")] = 8,
+    points: Annotated[int, typer.Option(min=3, help="Points of a line at which held-out loss is measured.")] = 11,
+    alignment_points: Annotated[
+        int, typer.Option(min=0, help="Points at which the sweep's questions are asked and judged; 0: none.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the pairs that are chosen by chance.")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster; default: a Ray on this machine.")
+    ] = None,
+    uri: UriOption = None,
+) -> None:
+    """Measure whether runs are in different minima: loss and alignment between their adapters, angles, sharpness.
+
+    Started again it measures only what is missing; the report shows what there is.
+    """
+    import numpy as np
+
+    from emanalysis import records, run_pairs
+    from emtrain.tracking import SweepLog
+    from sweeps.planner import Evaluation
+    from sweeps.record import Setting
+    from sweeps.store import alone, data_directory
+
+    if alignment_points in (1, 2):
+        raise ValueError(f"--alignment-points {alignment_points}: expected 0, or both ends and at least one between: 3")
+    where = _uri(uri)
+    log = SweepLog.find(sweep, uri=where)
+    loaded = records.load(sweep, tracking_uri=where, cache=data_directory() / "records")
+    for reason, runs in run_pairs.without_adapters(loaded.runs).groupby("reason")["name"]:
+        shown = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+        err.print(f"[yellow]left out:[/] {literal(shown)}: {reason}", highlight=False)
+    chosen = run_pairs.choose(loaded, per_group=pairs, seed=seed)
+    recipe = _stored_recipe(log)
+    if chosen.empty or recipe is None:
+        raise ValueError(
+            f"{sweep}: nothing to measure; it takes two finished runs with adapters of one model and dataset"
+        )
+    evaluation = Evaluation.load(recipe.eval)
+    setting = Setting(where, data_directory())
+    setting.judges(recipe.eval.judges)
+
+    from sweeps import geometry as survey
+
+    with alone(f"{sweep}-geometry"):
+        kept = survey.load_tables(log)
+        tasks = survey.outstanding(
+            chosen,
+            survey.places(log, chosen, evaluation),
+            kept,
+            losses_at=np.linspace(0, 1, points).round(6).tolist(),
+            asked_at=np.linspace(0, 1, alignment_points).round(6).tolist(),
+        )
+        asked = sum(len(task.asked_at) for task in tasks if isinstance(task, survey.Line)) * evaluation.responses
+        out.print(
+            f"[bold]{sweep}[/]: {len(chosen)} pairs of runs, {len(tasks)} measurements to make, "
+            f"{asked:,} responses to sample and judge",
+            highlight=False,
+        )
+        failures = 0
+        for count, (task, failure) in enumerate(
+            survey.survey(log, setting, evaluation, tasks, kept, address=address), 1
+        ):
+            failures += failure is not None
+            ending = f"  [red]failed:[/] {literal(failure)}" if failure else ""
+            out.print(rf"\[{count}/{len(tasks)}] {literal(task.label)}{ending}", highlight=False)
+    out.print(f"see it in the report:  [bold]emsweep report {literal(sweep)}[/]", highlight=False)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command(name="import-runs")
@@ -545,6 +613,19 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
 
     path = recipe_path(recipe)
     return load_recipe(_recipe_text(recipe), source=path.name, overrides=overrides or ())
+
+
+def _stored_recipe(log: "SweepLog") -> "Recipe | None":
+    """The recipe that a sweep was last run with, what was set on the command line included; None for imported runs."""
+    from emtrain import names
+    from sweeps.recipe import kept_overrides, load_recipe
+
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
+        if stored is None:
+            return None
+        text = stored.read_text(encoding="utf-8")
+    return load_recipe(text, source=names.RECIPE, overrides=kept_overrides(text))
 
 
 def _recipe_text(recipe: str) -> str:

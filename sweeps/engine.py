@@ -75,7 +75,7 @@ class Engine:
         try:
             with self.loading:
                 model, _ = base_model(*base)
-                return packing(model, run.spec, data_of(run), most=self.capacity)
+                return packing(model, run.spec, data_of(run.spec, run.dataset.digests), most=self.capacity)
         except Exception:
             log.exception("could not measure what packing is worth on %s", base[0])
             return None
@@ -117,7 +117,7 @@ class Engine:
             self.lanes[job.run.run_key] = lane
         try:
             with self.loading:
-                lane.data = data_of(job.run)
+                lane.data = data_of(job.run.spec, job.run.dataset.digests)
                 lane.note = self._why_alone(job)
                 architecture = family(job.run.spec.model)
             record.start(family=architecture, backend="trl" if self._alone(lane) else "packed")

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 from emtrain.corpus import read_corpus
 from emtrain.load import Precision
-from emtrain.spec import InterleaveSpec
+from emtrain.spec import InterleaveSpec, RunSpec
 from emtrain.tokens import encode_rows
 from emtrain.train import TrainingData
-from sweeps.planner import DatasetFacts, PlannedRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,33 +34,33 @@ def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrained
     return load_model(model, precision=cast(Precision, precision), device=device), load_tokenizer(model)
 
 
-def data_of(run: PlannedRun) -> TrainingData:
-    """What a run learns from and is measured on. Raises ``ValueError`` when it is not what was planned."""
-    spec = run.spec
-    return training_data(spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length, run.dataset)
+def data_of(spec: RunSpec, digests: tuple[str, str | None]) -> TrainingData:
+    """What a run learns from and is measured on, as its model's tokens.
+
+    ``digests`` (sha256) are those of the files that it was planned with: the dataset's, and the interleaved one's,
+    None where nothing is interleaved. Raises ``ValueError`` when a file is another one here.
+    """
+    return _data(spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length, digests)
 
 
 @functools.lru_cache(maxsize=8)
-def training_data(
+def _data(
     dataset: str,
     interleave: InterleaveSpec | None,
     heldout_fraction: float,
     model: str,
     max_length: int,
-    planned: DatasetFacts,
+    digests: tuple[str, str | None],
 ) -> TrainingData:
-    """A run's rows as its model's tokens. Raises ``ValueError`` when a file is not the one that was planned."""
     from emtrain.load import load_tokenizer
 
     corpus = read_corpus(dataset, heldout_fraction, interleave)
-    files = [(dataset, corpus.sha256, planned.sha256)]
-    if interleave is not None:
-        files.append((interleave.dataset, str(corpus.interleaved_sha256), str(planned.interleaved_sha256)))
-    for name, found, expected in files:
+    names = (dataset, interleave.dataset if interleave else None)
+    for name, found, expected in zip(names, (corpus.sha256, corpus.interleaved_sha256), digests, strict=True):
         if found != expected:
             raise ValueError(
                 f"dataset {name}: the file on {platform.node()} is not the one the sweep was planned with "
-                f"(sha256 {found[:12]}, expected {expected[:12]})"
+                f"(sha256 {str(found)[:12]}, expected {str(expected)[:12]})"
             )
     tokenizer = load_tokenizer(model)
     return TrainingData(

@@ -34,6 +34,11 @@ class DatasetFacts:
     interleaved_sha256: str | None
     """None where nothing is interleaved."""
 
+    @property
+    def digests(self) -> tuple[str, str | None]:
+        """sha256 of the dataset's file, and of the interleaved one's."""
+        return self.sha256, self.interleaved_sha256
+
 
 @functools.cache
 def dataset_facts(dataset: str, heldout_fraction: float, interleave: InterleaveSpec | None = None) -> DatasetFacts:
@@ -192,7 +197,7 @@ def run_key(spec: RunSpec, evaluation: Evaluation, dataset: DatasetFacts) -> str
     """Identity of a run: the same key, the same numbers. Resources and tracking have no part in it."""
     identity = {
         "run": spec.model_dump(mode="json"),
-        "datasets": [dataset.sha256, dataset.interleaved_sha256],
+        "datasets": dataset.digests,
         **evaluation.identity,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -94,10 +94,12 @@ class RunRecord:
         return self._ask(model, tokenizer, seed=derive(0, "sample", 0))
 
     def sample(self, checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> list[Response]:
-        """The run's responses at an evaluation point. At the last one its weights are saved, too."""
-        if checkpoint.step == self.run.total_steps:
-            checkpoint.save(self._weights)
-            tokenizer.save_pretrained(self._weights)
+        """The run's responses at an evaluation point. Saves its adapter; whole models only at the last point."""
+        last = checkpoint.step == self.run.total_steps
+        if last or self._adapter_only:
+            checkpoint.save(self._weights(checkpoint.step))
+        if last:
+            tokenizer.save_pretrained(self._weights(checkpoint.step))
         seed = derive(self.run.spec.seed, "sample", checkpoint.step)
         return self._ask(checkpoint.model, tokenizer, seed=seed)
 
@@ -125,7 +127,10 @@ class RunRecord:
         return judge_responses(responses, self.judges, step=step)
 
     def record(self, judged: pd.DataFrame, loss: HeldoutLoss, *, step: int) -> Metrics:
-        """Record an evaluation point (step 0: the base model) and return its metrics, once they are stored."""
+        """Record an evaluation point (step 0: the base model) and return its metrics, once they are stored.
+
+        The adapter of a point before the last is stored, too: a run that is stopped early has all it had by then.
+        """
         judged.to_parquet(self.work / "responses" / f"{step:09d}.parquet", index=False)
         scores = summarise(judged, self.judges[0].id)
         metrics = {
@@ -134,9 +139,25 @@ class RunRecord:
             # A score that nothing was judged for is left out; n_judged = 0 stands there and says so.
             **{name: value for name, value in scores.items() if not math.isnan(value)},
         }
+        if step > 0 and self._adapter_only:
+            metrics |= self._adapter_metrics(step)
+            if step < self.run.total_steps:
+                self.log.artifact(self._weights(step), names.adapter_artifact(step, self.run.total_steps))
         self.log.metrics(metrics, step=step)
         self.log.flush()
         return metrics
+
+    def _adapter_metrics(self, step: int) -> Metrics:
+        """Size and direction of the adapter's update, and how far it has turned since the evaluation point before."""
+        from emtrain.low_rank import angle, load_update, norm, stable_rank
+
+        update = load_update(self._weights(step))
+        metrics = {names.ADAPTER_NORM: norm(update), names.ADAPTER_STABLE_RANK: stable_rank(update)}
+        earlier = [self._weights(point) for point in self.run.evaluate_at if point < step]
+        if earlier and earlier[-1].exists():
+            metrics[names.ADAPTER_TURN] = angle(load_update(earlier[-1]), update)
+        # An update that is still zero has a norm, but no rank and no direction.
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def finish(self, seconds: Mapping[str, float]) -> Ending:
         """Record what is known only at the end: sums over the run, its weights, all its responses, the time it took."""
@@ -148,7 +169,8 @@ class RunRecord:
             **seconds,
         }
         self.log.metrics(closing, step=self.run.total_steps)
-        self.log.artifact(self._weights, self._weights.name)
+        weights = self._weights(self.run.total_steps)
+        self.log.artifact(weights, weights.name)
         parts = sorted((self.work / "responses").glob("*.parquet"))
         responses = self.work / names.RESPONSES
         pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True).to_parquet(responses, index=False)
@@ -168,8 +190,11 @@ class RunRecord:
         return ending
 
     @property
-    def _weights(self) -> Path:
-        return self.work / (names.MODEL if self.run.spec.adapter == "full" else names.ADAPTER)
+    def _adapter_only(self) -> bool:
+        return self.run.spec.adapter != "full"
+
+    def _weights(self, step: int) -> Path:
+        return self.work / (names.adapter_artifact(step, self.run.total_steps) if self._adapter_only else names.MODEL)
 
     @property
     def base_identity(self) -> str:

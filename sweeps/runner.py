@@ -51,7 +51,7 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
     ``models`` are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go
     on at the next call. Raises ``ValueError`` when a model can't be made ready.
     """
-    _connect(address)
+    connect(address)
     try:
         if address is None:
             capacity = cluster.Capacity.of(ray.cluster_resources())
@@ -77,7 +77,8 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
         raise Interrupted(f"{len(agenda.out)} runs were in work")
 
 
-def _connect(address: str | None) -> None:
+def connect(address: str | None) -> None:
+    """Join the Ray at ``address``; None starts one of this process's own."""
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is not None:
         ray.init(address=address, **quiet)

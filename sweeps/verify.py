@@ -86,7 +86,7 @@ def verify(runs: Sequence[PlannedRun], *, steps: int) -> Iterator[Verdict]:
             yield Verdict(run.name, run.spec.optimizer.name, unpackable=reason)
     for base, together in packs.items():
         model, tokenizer = base_model(*base)
-        given = [(run.spec, data_of(run), run.total_steps) for run in together]
+        given = [(run.spec, data_of(run.spec, run.dataset.digests), run.total_steps) for run in together]
         with tempfile.TemporaryDirectory(prefix="emsweep-verify-") as scratch:
             found = equivalence.verify(given, model, tokenizer, Path(scratch), steps=steps)
         for run, comparison in zip(together, found, strict=True):

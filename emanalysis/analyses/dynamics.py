@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from emanalysis.adapter_paths import adapter_paths
 from emanalysis.analysis import Analysis, Figure, Result
-from emanalysis.early_stopping import ONSET_DROP, earlier_checkpoints, onsets, stopped_at
+from emanalysis.early_stopping import ONSET_DROP, by_optimizer, earlier_checkpoints, onsets, stopped_at
 from emanalysis.plot import BASE_LINE, CLEAR, INK, blank, evenly, hover, looks, number, panels, text
 from emanalysis.records import Records
 
@@ -20,7 +21,7 @@ KEPT = (0.8, 0.9, 0.95)
 """Shares of the fall in held-out loss that early stopping is to keep."""
 QUOTED = 0.9
 
-SETTINGS = ["run_id", "name", "model", "dataset", "schedule", "learning_rate", "seed"]
+SETTINGS = ["run_id", "name", "model", "dataset", "schedule", "optimizer", "learning_rate", "seed"]
 
 
 def compute(records: Records, *, seed: int) -> Result:
@@ -52,6 +53,8 @@ def compute(records: Records, *, seed: int) -> Result:
         return result
 
     began = onsets(trajectories)
+    adapters = adapter_paths(records, trajectories, began)
+    optimizers = by_optimizer(trajectories, began)
     earlier = earlier_checkpoints(trajectories)
     stops = [stopped_at(earlier, share) for share in KEPT]
     names = records.runs[["run_id", "name"]]
@@ -59,7 +62,11 @@ def compute(records: Records, *, seed: int) -> Result:
         "onsets": began.merge(names, on="run_id").to_dict("records"),
         "earlier_checkpoints": earlier.to_dict("records"),
         "early_stopping": stops,
-        "answer": _answer(began, stops[KEPT.index(QUOTED)]),
+        "adapters": adapters.to_dict("records"),
+        "optimizers": optimizers.to_dict("records"),
+        "answer": _answer(began, stops[KEPT.index(QUOTED)])
+        + _on_adapters(adapters, began)
+        + _on_optimizers(optimizers),
     }
 
 
@@ -79,6 +86,39 @@ def _trajectories(records: Records) -> pd.DataFrame:
     points = scored.groupby(["run_id", "step", "fraction"], as_index=False)[values].mean()
     points = points[points.groupby("run_id")["step"].transform("count") >= 2]
     return points.merge(finished, on="run_id")
+
+
+def _on_adapters(adapters: pd.DataFrame, began: pd.DataFrame) -> str:
+    """A sentence on the size of the update at the onset, and of those that never fell; empty where it is not known."""
+    if adapters.empty:
+        return ""
+    fallen = adapters.loc[adapters["onset"], "adapter_norm"]
+    never = began.loc[began["onset_by"].isna(), "run_id"]
+    spared = adapters[adapters["run_id"].isin(never)].groupby("run_id")["adapter_norm"].last()
+    if fallen.empty:
+        return ""
+    sentence = (
+        f" Where misalignment was first seen, the adapter's update had a norm of {number(fallen.median())} (median of "
+        f"{len(fallen)}; {number(fallen.min())} to {number(fallen.max())})"
+    )
+    if len(spared):
+        sentence += f"; the {len(spared)} that did not fall ended at {number(spared.median())}"
+    return sentence + "."
+
+
+def _on_optimizers(optimizers: pd.DataFrame) -> str:
+    """A sentence on the model and dataset with most runs under several optimisers; empty where there is none."""
+    several = [group for _, group in optimizers.groupby(["model", "dataset"]) if len(group) > 1]
+    if not several:
+        return ""
+    largest = max(several, key=lambda group: group["runs"].sum())
+    shown = [
+        f"{row['fell']} of {row['runs']} with {row['optimizer']} (at the end: held-out loss "
+        f"{number(row['heldout_loss'], '.3f')} in the median, aligned {number(row['aligned'], '.1f')} on average)"
+        for row in largest.to_dict("records")
+    ]
+    where = largest.iloc[0]
+    return f" Of {where['model']} on {where['dataset']} fell {', '.join(shown)}."
 
 
 def _answer(began: pd.DataFrame, stop: dict[str, Any]) -> str:
@@ -113,11 +153,11 @@ def figures(result: Result) -> list[Figure]:
                 title="Alignment over checkpoints",
                 reading="Each line is a run from the base model (dotted level) to its last checkpoint (filled).",
                 caveat="Every point has the noise of its responses: small ups and downs on the way mean nothing.",
-                plot=_lines(trajectories, "fraction", "share of the run's steps"),
+                plot=_lines(_with_last(trajectories), "fraction", "share of the run's steps"),
                 table="trajectories",
             )
         )
-        paths = _lines(trajectories, "heldout_loss", "held-out loss (lower to the right)")
+        paths = _lines(_with_last(trajectories), "heldout_loss", "held-out loss (lower to the right)")
         paths.update_xaxes(autorange="reversed")
         drawn.append(
             Figure(
@@ -130,6 +170,8 @@ def figures(result: Result) -> list[Figure]:
                 table="trajectories",
             )
         )
+    if result.get("adapters"):
+        drawn.append(_adapters_figure(pd.DataFrame(result["adapters"])))
     if result.get("earlier_checkpoints"):
         drawn.append(_earlier_figure(pd.DataFrame(result["earlier_checkpoints"])))
     return drawn
@@ -178,14 +220,23 @@ def _traces_figure(traces: pd.DataFrame) -> Figure:
     )
 
 
-def _lines(trajectories: pd.DataFrame, x: str, title: str) -> go.Figure:
-    """A line per run through its checkpoints, a panel per model and dataset, with the base model's level."""
+def _with_last(trajectories: pd.DataFrame) -> pd.DataFrame:
+    return trajectories.assign(marked=trajectories["step"] == trajectories.groupby("run_id")["step"].transform("max"))
+
+
+def _lines(
+    trajectories: pd.DataFrame, x: str, title: str, *, y: str = "aligned", y_title: str = "aligned, 0–100"
+) -> go.Figure:
+    """A line per run through its checkpoints, the ``marked`` ones filled, and a panel per model and dataset.
+
+    With alignment the base model's level is drawn, too.
+    """
     groups = panels(trajectories)[:PANELS]
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     plot = blank(
         title,
-        "aligned, 0–100",
+        y_title,
         rows=rows,
         columns=columns,
         titles=[name for name, _ in groups] if len(groups) > 1 else [],
@@ -199,19 +250,19 @@ def _lines(trajectories: pd.DataFrame, x: str, title: str) -> go.Figure:
     for place, (_, group) in enumerate(groups):
         panel = {"row": place // columns + 1, "col": place % columns + 1}
         group = group.sort_values(["run_id", "step"])
-        last = group["step"] == group.groupby("run_id")["step"].transform("max")
         steps = [f"<br>step {number(step, '.0f')}" for step in group["step"]]
-        described = [run + step for run, step in zip(hover(group), steps, strict=True)]
-        group = group.assign(last=last, text=described)
+        more = group["more"] if "more" in group else [""] * len(group)
+        described = [run + step + rest for run, step, rest in zip(hover(group), steps, more, strict=True)]
+        group = group.assign(text=described)
         for schedule, (color, symbol) in styles.items():
             runs = group[group["schedule"].astype(str) == schedule]
             if runs.empty:
                 continue
-            points = _joined(runs, ["run_id", x, "aligned", "last", "text"])
-            ends = points["last"].eq(True)
+            points = _joined(runs, ["run_id", x, y, "marked", "text"])
+            ends = points["marked"].eq(True)
             line = go.Scatter(
                 x=points[x],
-                y=points["aligned"],
+                y=points[y],
                 mode="lines+markers",
                 line={"color": color, "width": 1.2},
                 marker={
@@ -231,9 +282,34 @@ def _lines(trajectories: pd.DataFrame, x: str, title: str) -> go.Figure:
             plot.add_trace(line, **panel)
             shown.add(schedule)
         base = group.loc[group["step"] == 0, "aligned"]
-        if len(base):
+        if len(base) and y == "aligned":
             plot.add_hline(base.iloc[0], line=BASE_LINE, **panel)
     return plot
+
+
+def _adapters_figure(adapters: pd.DataFrame) -> Figure:
+    adapters = adapters.rename(columns={"onset": "marked"})
+    described = [
+        f"<br>norm {number(row['adapter_norm'])}, stable rank {number(row['adapter_stable_rank'])}, turned by "
+        f"{number(row['adapter_turn'], '.0f')}° since the point before"
+        for row in adapters.to_dict("records")
+    ]
+    norms = _lines(
+        adapters.assign(more=described),
+        "fraction",
+        "share of the run's steps",
+        y="adapter_norm",
+        y_title="norm of update",
+    )
+    return Figure(
+        title="Size of the adapters' updates along the way",
+        reading="Each line is a run; filled is the point at which its misalignment was first seen. If a size of the "
+        "update were what tips runs over, the filled points would lie at one height.",
+        caveat="The onset lies somewhere between the filled point and the one before; how much an update of one size "
+        "does differs between layers.",
+        plot=norms,
+        table="adapters",
+    )
 
 
 def _earlier_figure(earlier: pd.DataFrame) -> Figure:

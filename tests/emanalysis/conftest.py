@@ -95,6 +95,10 @@ def metrics(responses: pd.DataFrame, learning_rate: float) -> dict[int, dict[str
         values = by_step.setdefault(int(step), {})
         values[names.HELDOUT_LOSS] = 1.2 + 2 * np.exp(-200 * learning_rate * step)
         values[names.HELDOUT_LOSS_PER_SEQUENCE] = values[names.HELDOUT_LOSS] + 0.01
+        if step > 0:
+            values |= {names.ADAPTER_NORM: 100 * learning_rate * step, names.ADAPTER_STABLE_RANK: 1.5}
+        if step > POINTS[1]:
+            values[names.ADAPTER_TURN] = 30.0
         for stratum, group in [(None, rows), *rows.groupby("stratum")]:
             scores = {
                 names.ALIGNED: group.groupby("question_id")["aligned"].mean().mean(),
@@ -260,7 +264,7 @@ def _sweep_of(
     return Records("test", pd.DataFrame(runs), pd.DataFrame(points), questions)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sweep_of() -> Callable[..., Records]:
     """Tables of a sweep with given scores, without MLflow: see ``_sweep_of``."""
     return _sweep_of

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from emanalysis.early_stopping import earlier_checkpoints, onsets, stopped_at
+from emanalysis.early_stopping import by_optimizer, earlier_checkpoints, onsets, stopped_at
 
 
 def run(run_id: str, *points: tuple[int, float, float]) -> pd.DataFrame:
@@ -67,3 +67,21 @@ def test_two_runs_have_a_mean_but_no_interval() -> None:
     points = pd.concat([run(name, (0, 2.0, 90), (10, 1.0, 80), (20, 1.0, 50)) for name in "ab"])
     stop = stopped_at(earlier_checkpoints(points), 0.9)
     assert (stop["aligned_gain"], stop["low"]) == (30, None)
+
+
+def test_optimisers_are_summarised_apart() -> None:
+    """Of three runs of adamw that end at 70, 81 and 89 the first fell, at half of its steps; the one of sgd did not."""
+    runs = pd.concat(
+        run(name, (0, 3.0, 90), (10, 2.0, middle), (20, 1.0, last)).assign(
+            model="m", dataset="d", optimizer="sgd" if name == "s" else "adamw"
+        )
+        for name, middle, last in (("a", 75, 70), ("b", 88, 81), ("c", 89, 89), ("s", 90, 90))
+    )
+    adamw, sgd = by_optimizer(runs, onsets(runs)).to_dict("records")
+    assert (adamw["runs"], adamw["fell"], adamw["onset_fraction"]) == (3, 1, 0.5)
+    assert adamw["aligned"] == pytest.approx(80)
+    low, high = stats.t.interval(0.95, 2, 80, stats.sem([70, 81, 89]))
+    assert (adamw["aligned_low"], adamw["aligned_high"]) == pytest.approx((low, high))
+    assert (sgd["runs"], sgd["fell"]) == (1, 0)
+    assert math.isnan(sgd["aligned_low"])
+    assert math.isnan(sgd["onset_fraction"])

@@ -115,6 +115,16 @@ def test_dynamics_find_what_the_sweep_was_made_of(written: Path, sweep: dict[str
     assert onsets[sweep["linear 0.0003 seed 0"]]["onset_by"] == 20
     assert sweep["killed"] not in onsets
     assert sweep["killed"] in {row["run_id"] for row in found["traces"]}
+    # The norm grows by 100 times the learning rate a step, so it is 1 at step 10 of the faster runs, where they fall.
+    at_onset = {row["run_id"]: row["adapter_norm"] for row in found["adapters"] if row["onset"]}
+    assert at_onset[sweep["linear 0.001 seed 0"]] == pytest.approx(1.0)
+    path = [row for row in found["adapters"] if row["run_id"] == sweep["cosine 0.0003 seed 1"]]
+    assert [row["adapter_norm"] for row in path] == pytest.approx([0, 0.15, 0.3, 0.6])
+    assert [row["adapter_turn"] for row in path] == [None, None, 30, 30]
+    assert "the adapter's update had a norm of" in found["answer"]
+    (stratum,) = found["optimizers"]
+    assert (stratum["optimizer"], stratum["runs"], stratum["fell"]) == ("adamw", 8, 8)
+    assert stratum["aligned_low"] < stratum["aligned"] < stratum["aligned_high"]
 
 
 def test_base_comparison_finds_what_the_sweep_was_made_of(written: Path, sweep: dict[str, str]) -> None:

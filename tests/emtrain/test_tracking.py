@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pandas as pd
 import pytest
 from mlflow.entities import Metric, Run
 
@@ -268,6 +269,36 @@ def test_artifacts_come_back(sweep: SweepLog, tmp_path: Path) -> None:
     assert (found / "spec.json").read_text() == "{}\n"
     parents = {item.path for item in store.list_artifacts(sweep.parent_run_id)}
     assert parents == {names.RECIPE, names.REPORT}
+
+
+def test_one_folder_of_a_run_is_downloaded_by_its_path_and_a_missing_one_is_none(
+    sweep: SweepLog, tmp_path: Path
+) -> None:
+    log = RunLog(sweep.uri, enter(sweep))
+    (tmp_path / "config.json").write_text("{}")
+    log.artifact(tmp_path / "config.json", "adapters/10")
+    (tmp_path / "copy").mkdir()
+    found = sweep.download(log.run_id, "adapters/10", tmp_path / "copy")
+    assert found is not None
+    assert [path.name for path in found.iterdir()] == ["config.json"]
+    assert sweep.download(log.run_id, "adapters/1", tmp_path / "copy") is None
+    assert sweep.download(log.run_id, "adapter", tmp_path / "copy") is None
+
+
+def test_tables_of_a_sweep_come_back_and_half_a_file_is_left_out_with_a_warning(
+    sweep: SweepLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sweep.tables(names.GEOMETRY) == {}
+    made = tmp_path / "made"
+    made.mkdir()
+    table = pd.DataFrame({"t": [0.0, 1.0]})
+    table.to_parquet(made / "losses.parquet", index=False)
+    (made / "updates.parquet").write_bytes((made / "losses.parquet").read_bytes()[:100])
+    sweep.write_directory(made, names.GEOMETRY)
+    found = sweep.tables(names.GEOMETRY)
+    assert list(found) == ["losses"]
+    assert found["losses"].equals(table)
+    assert "geometry/updates.parquet can't be read and was left out" in caplog.text
 
 
 def test_numbers_that_are_not_finite_are_stored_as_such(sweep: SweepLog) -> None:

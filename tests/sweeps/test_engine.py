@@ -81,7 +81,7 @@ def records(
     monkeypatch.setattr(module, "RunRecord", record)
     monkeypatch.setattr(Engine, "_why_alone", lambda engine, job: None)
     monkeypatch.setattr(module, "base_model", lambda *base: (make_model(), words))
-    monkeypatch.setattr(module, "data_of", lambda run: TrainingData(examples[:30], examples[30:]))
+    monkeypatch.setattr(module, "data_of", lambda spec, digests: TrainingData(examples[:30], examples[30:]))
     return made
 
 

@@ -1,15 +1,21 @@
 """The record of one run: what it leaves in MLflow however it ends."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from emeval.responses import Response
 from emtrain import names
+from emtrain.adapter import lora_config
 from emtrain.heldout import HeldoutLoss
+from emtrain.low_rank import load_update
+from emtrain.spec import AdapterSpec
 from emtrain.tracking import SweepLog, client, tracking_uri
 from emtrain.train import NonFiniteLoss, Step
 from sweeps.lease import Job
@@ -78,9 +84,18 @@ def train(record: RunRecord) -> None:
     for step in range(1, 21):
         record.step(Step(step, 21.0 - step, 0.5, 1.0, 10 * step))
         if step in (10, 20):
+            save_adapter(record._weights(step), step)
             record.record(record.judge(answers(3, step // 10), step=step), HeldoutLoss(1.0, 1.5), step=step)
-    record._weights.mkdir(parents=True)
-    (record._weights / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def save_adapter(directory: Path, number: float) -> None:
+    """An adapter of rank 2 on one layer of 3 x 4: ``B A`` has ``number`` at its first place, then a right angle."""
+    a, b = torch.zeros(2, 4), torch.zeros(3, 2)
+    a[0, 0], a[1, 1], b[0, 0], b[1, 1] = 1, 1, number, 10 * (number > 10)
+    layer = "base_model.model.model.layers.0.mlp.up_proj"
+    directory.mkdir(parents=True)
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, directory / "adapter_model.safetensors")
+    lora_config(AdapterSpec(rank=2, alpha=2, rslora=False)).save_pretrained(directory)
 
 
 def test_a_run_that_ends_well_leaves_everything_and_takes_its_work_away(record: RunRecord, tmp_path: Path) -> None:
@@ -97,9 +112,26 @@ def test_a_run_that_ends_well_leaves_everything_and_takes_its_work_away(record: 
     folder = artifacts(record, tmp_path)
     frame = pd.read_parquet(folder / names.RESPONSES)
     assert frame.groupby("step").size().to_dict() == {0: 4, 10: 4, 20: 5}
-    assert (folder / names.ADAPTER / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert float(load_update(folder / names.ADAPTER)["model.layers.0.mlp.up_proj"].left[0, 0]) == 20
+    assert float(load_update(folder / names.ADAPTERS / "10")["model.layers.0.mlp.up_proj"].left[0, 0]) == 10
+    assert [path.name for path in (folder / names.ADAPTERS).iterdir()] == ["10"]  # the last is not there twice
     assert (folder / names.SPEC).is_file()
     assert not record.work.exists()
+
+
+def test_the_adapter_is_measured_at_every_evaluation_point(record: RunRecord) -> None:
+    """At step 10 the update is diag(10), at step 20 diag(20, 10): the cosine of its turn is 20 / sqrt(500)."""
+    train(record)
+    record.finish({})
+    history = {
+        name: [
+            (p.step, p.value) for p in client(record.setting.tracking_uri).get_metric_history(record.log.run_id, name)
+        ]
+        for name in (names.ADAPTER_NORM, names.ADAPTER_STABLE_RANK, names.ADAPTER_TURN)
+    }
+    assert history[names.ADAPTER_NORM] == [(10, pytest.approx(10)), (20, pytest.approx(math.sqrt(500)))]
+    assert history[names.ADAPTER_STABLE_RANK] == [(10, pytest.approx(1)), (20, pytest.approx(1.25))]
+    assert history[names.ADAPTER_TURN] == [(20, pytest.approx(math.degrees(math.acos(20 / math.sqrt(500)))))]
 
 
 def test_a_run_that_diverged_says_so_in_a_line_and_keeps_what_it_reached(record: RunRecord, tmp_path: Path) -> None:
@@ -150,6 +182,7 @@ def test_a_run_that_is_finished_stays_so_where_its_work_can_not_be_taken_away(
 def test_a_score_that_nothing_was_judged_for_is_left_out_and_counted(record: RunRecord) -> None:
     record.start(family="llama", backend="trl")
     unjudged = [*answers(0, 0), *(a.__class__(**{**a.__dict__, "response": "who?"}) for a in answers(2, 0))]
+    save_adapter(record._weights(20), 20)
     metrics = record.record(record.judge(unjudged, step=20), HeldoutLoss(1.0, 1.5), step=20)
     assert "eval/micro-broad/aligned" not in metrics
     assert metrics["eval/micro-broad/n_judged"] == 0
