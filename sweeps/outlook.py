@@ -263,7 +263,9 @@ class Outlook:
             responses += kind.runs * (kind.evaluations + 1) * self.asked[kind.role].responses
             shape = self._shape(kind.spec, "disk_bytes")
             if shape is not None:
-                kept += kind.runs * shape.trained(kind.spec.adapter) * FP32
+                # Adapters of every evaluation point are kept, of whole models the last one only.
+                points = kind.evaluations if kind.spec.adapter != "full" else 1
+                kept += kind.runs * points * shape.trained(kind.spec.adapter) * FP32
                 states = max(states, state_bytes(shape, kind.spec.adapter, kind.spec.optimizer))
         text = self.recipe.eval.max_new_tokens * BYTES_PER_TOKEN
         found = {"responses": round(responses * len(self.recipe.eval.judges) * (RESPONSE_BYTES + text))}
