@@ -150,7 +150,7 @@ def test_time_is_measured_or_stated_and_else_unknown(recipe: dict[str, Any]) -> 
 
 def test_memory_and_disk_by_hand(recipe: dict[str, Any]) -> None:
     """Two runs keep an adapter of 840 fp32 parameters at each of two evaluation points; a state holds the adapter and
-    AdamW's two moments. Each run keeps 20 responses of up to 100 tokens at its two evaluation points and of its base."""
+    AdamW's two moments. Each run keeps 20 responses of up to 100 tokens at both points and of its base."""
     found = facts(recipe)
     (memory,) = found["device_memory_bytes"].values()
     assert memory["fp32"]["weights"] == 2 * memory["bf16"]["weights"]
