@@ -51,7 +51,7 @@ COLUMNS = ["runs", "wall s", "s/run", "driver CPU s/run", "driver MB", "MLflow r
 class StubEngine:
     """Takes an engine's place: every run is trained in no time, and recorded as if it had been."""
 
-    def __init__(self, setting: Setting, *, capacity: int, backend: str) -> None:
+    def __init__(self, setting: Setting, **sizes: Any) -> None:
         self.setting = setting
         self.records: dict[str, tuple[RunRecord, int]] = {}
 
@@ -142,6 +142,7 @@ def recipe_of(runs: int) -> Recipe:
             "objectives": {"heldout/loss": "minimize", "eval/aligned": "maximize"},
         },
         "eval": {"questions": ["micro-narrow"], "samples": 1, "at": [0.5, 1.0], "judges": ["micro-rule"]},
+        "resources": {"pack": 8},  # a stub can't be measured
     }
     return load_recipe(yaml.safe_dump(content), source="scale")
 

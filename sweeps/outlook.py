@@ -82,7 +82,7 @@ class Outlook:
         self.specs = [run.spec for run in self.plan.runs] if self.plan else list(dict.fromkeys(expand(self.recipe)))
         self.kinds = _kinds(self.recipe, self.specs)
         self.models = list(dict.fromkeys(kind.spec.model for kind in self.kinds))
-        self.missing = missing_datasets(self.recipe)
+        self.missing = [] if self.plan else missing_datasets(self.recipe)
         asked = Evaluation.load(self.recipe.eval)
         self.asked = {"grid": asked, "search": asked, "confirm": confirmation(self.recipe) or asked}
         """By role."""
@@ -241,7 +241,9 @@ class Outlook:
                     spec.optimizer,
                     itemsize=itemsize,
                     rows=(spec.micro_batch_size or spec.batch_size) if alone else 1,
-                    row_tokens=spec.max_length if spec.dataset in self.missing else _row_tokens_of(spec).longest,
+                    row_tokens=spec.max_length
+                    if set(datasets_of(spec)) & set(self.missing)
+                    else _row_tokens_of(spec).longest,
                     sampled_tokens=self.recipe.eval.max_new_tokens + _longest_prompt(self.asked[kind.role]),
                 )
                 of_model = found.setdefault(spec.model, {})
@@ -261,7 +263,9 @@ class Outlook:
             responses += kind.runs * (kind.evaluations + 1) * self.asked[kind.role].responses
             shape = self._shape(kind.spec, "disk_bytes")
             if shape is not None:
-                kept += kind.runs * shape.trained(kind.spec.adapter) * FP32
+                # Adapters of every evaluation point are kept, of whole models the last one only.
+                points = kind.evaluations if kind.spec.adapter != "full" else 1
+                kept += kind.runs * points * shape.trained(kind.spec.adapter) * FP32
                 states = max(states, state_bytes(shape, kind.spec.adapter, kind.spec.optimizer))
         text = self.recipe.eval.max_new_tokens * BYTES_PER_TOKEN
         found = {"responses": round(responses * len(self.recipe.eval.judges) * (RESPONSE_BYTES + text))}

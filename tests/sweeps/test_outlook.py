@@ -159,14 +159,16 @@ def test_time_is_measured_or_stated_and_else_unknown(recipe: dict[str, Any]) -> 
 
 
 def test_memory_and_disk_by_hand(recipe: dict[str, Any]) -> None:
-    """Two adapters of 840 fp32 parameters; a state holds the adapter and AdamW's two moments. Each run keeps 20
-    responses of up to 100 tokens at its two evaluation points and of its base."""
+    """Two runs keep an adapter of 840 fp32 parameters at each of two evaluation points; a state holds the adapter and
+    AdamW's two moments. Each run keeps 20 responses of up to 100 tokens at both points and of its base."""
     found = facts(recipe)
     (memory,) = found["device_memory_bytes"].values()
     assert memory["fp32"]["weights"] == 2 * memory["bf16"]["weights"]
     assert memory["fp32"]["run"] == 840 * 16
     disk = found["disk_bytes"]
-    assert disk["adapters"] == 2 * 840 * 4
+    assert disk["adapters"] == 2 * 2 * 840 * 4
+    whole = facts({**recipe, "base": {**recipe["base"], "adapter": "full"}})
+    assert whole["disk_bytes"]["adapters"] == 2 * 3616 * 4
     assert disk["state_of_each_run_in_work"] == 840 * 12
     assert disk["responses"] == 2 * 3 * 20 * (40 + 400)
     fixed = facts({**recipe, "base": {**recipe["base"], "precision": "bf16"}})

@@ -1,10 +1,30 @@
 """What a sweep measures of the machine, and what the next plan finds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from emtrain.tracking import SweepLog
+from sweeps.engine import Engine
+from sweeps.lease import Job
+from sweeps.planner import plan_sweep
+from sweeps.recipe import load_recipe
+from sweeps.record import Setting
 from sweeps.throughput import Throughput, Work, keep, known, measure
+
+RECIPE = """
+name: tiny
+base:
+  model: micro-llama
+  dataset: micro-garden-bad
+  adapter: {rank: 4, alpha: 8}
+  schedule: constant
+  batch_size: 4
+  max_steps: 4
+  max_length: 64
+eval: {questions: [micro-narrow], samples: 1, at: [0.5, 1.0], judges: [micro-rule], max_new_tokens: 8}
+"""
 
 
 def test_engines_side_by_side_add_up() -> None:
@@ -39,3 +59,24 @@ def test_a_file_that_was_tampered_with_is_no_measurement(tmp_path: Path, monkeyp
     monkeypatch.setenv("EMSWEEP_CACHE", str(tmp_path))
     (tmp_path / "throughput.json").write_text("not JSON")
     assert known("m") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["packed", "trl"])
+def test_an_engine_counts_what_it_trains_and_samples(backend: Any, tmp_path: Path) -> None:
+    """Four steps, evaluated after two and four, 32 questions each time; the tokens are those that the run reports."""
+    recipe = load_recipe(RECIPE, source="r")
+    (run,) = plan_sweep(recipe).runs
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sweep = SweepLog.open("tiny", uri=uri, artifacts=tmp_path / "artifacts")
+    job = Job(run, sweep.plan(run.run_key, name="r", params=run.params, tags=run.tags))
+    engine = Engine(Setting(uri, tmp_path), capacity=2, backend=backend)
+    reports = [engine.advance(job)]
+    while reports[-1].ending is None:
+        reports.append(engine.advance(job))
+    assert reports[-1].ending.status == "FINISHED"
+    (work,) = engine.worked().values()
+    assert work.tokens == reports[-1].tokens > 0
+    assert work.responses == 2 * 32
+    assert work.training_seconds > 0
+    assert work.sampling_seconds > 0
