@@ -20,19 +20,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sweeps import tables
 from sweeps.terminal import literal
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from emanalysis.power import Design, Noise
     from emtrain.spec import RunSpec
     from emtrain.tracking import SweepLog
     from sweeps.agenda import Agenda
-    from sweeps.comparisons import Comparison
-    from sweeps.planner import Evaluation, SweepPlan
+    from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
-    from sweeps.verify import Verdict
 
 app = typer.Typer(
     name="emsweep",
@@ -99,6 +97,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a recipe would take: runs, tokens, time, memory, disk, judge calls, dollars. Starts nothing."""
+    from sweeps.detection import detectable_differences
     from sweeps.judge_cost import read_price
     from sweeps.outlook import Outlook
     from sweeps.planner import Evaluation, missing_datasets, plan_sweep
@@ -107,13 +106,13 @@ def plan(
     prices = dict(read_price(text) for text in price or ())
     planned = None if missing_datasets(loaded) else plan_sweep(loaded)
     outlook = Outlook(loaded, planned, tokens_per_second, prices)
-    detectable = _detectable(outlook.specs, Evaluation.load(loaded.eval))
+    detectable = detectable_differences(outlook.specs, Evaluation.load(loaded.eval))
     facts = {**outlook.facts(), "detectable_difference": detectable}
     if as_json:
         keys = {"run_keys": {run.run_key: run.name for run in planned.runs}} if planned else {}
         _print_json({**facts, **keys})
     else:
-        _print_plan(facts)
+        _print_all(tables.plan(facts))
 
 
 @app.command()
@@ -136,32 +135,39 @@ def power(
     """Show what difference a recipe would find, and how many seeds, questions or samples a smaller one takes."""
     from emanalysis.power import POWER, assumed
     from emanalysis.power_table import smallest_change, ways_table
+    from emanalysis.records import load
     from emanalysis.verdict import MARGIN
+    from sweeps.detection import designs, noises
     from sweeps.planner import Evaluation
     from sweeps.recipe import expand
+    from sweeps.store import data_directory
 
     loaded = _load(recipe, set_)
     target = difference or loaded.analysis.margin or MARGIN
-    groups = _designs(expand(loaded), Evaluation.load(loaded.eval))
+    groups = designs(expand(loaded), Evaluation.load(loaded.eval))
     if not groups:
         raise ValueError(
             f"{loaded.name}: nothing is compared in its grid; it takes two configurations of one model and dataset"
         )
-    tables: list[dict[str, Any]] = []
-    for (group, (design, alpha)), (noise, source) in zip(
-        groups.items(), _noises(list(groups), from_, uri), strict=True
-    ):
+    finished = load(from_, tracking_uri=_uri(uri), cache=data_directory() / "records") if from_ else None
+    try:
+        measured = noises(list(groups), finished)
+    except ValueError as error:
+        raise ValueError(f"--from {from_}: {error}") from error
+    found: list[dict[str, Any]] = []
+    for (group, (design, alpha)), (noise, which) in zip(groups.items(), measured, strict=True):
         complete, guessed = assumed(noise)
-        tables.append(
+        source = f"{from_} ({which})" if from_ else which
+        found.append(
             {"compared": group.title, "configurations": design.cells, "variances": source, "assumed": guessed}
             | {"noise": asdict(complete), "ways": ways_table(complete, design, target, alpha=alpha)}
         )
     if as_json:
-        _print_json({"sweep": loaded.name, "difference": target, "power": POWER, "comparisons": tables})
+        _print_json({"sweep": loaded.name, "difference": target, "power": POWER, "comparisons": found})
         return
-    for found in tables:
-        out.print(_ways(found))
-        out.print(smallest_change(found["ways"], target) + "\n", highlight=False)
+    for compared in found:
+        out.print(tables.ways(compared))
+        out.print(smallest_change(compared["ways"], target) + "\n", highlight=False)
 
 
 @app.command()
@@ -256,7 +262,7 @@ def verify_packing(
     if as_json:
         _print_json({"recipe": loaded.name, "runs": [verdict.facts() for verdict in verdicts]})
     else:
-        _show_verdicts(verdicts)
+        _print_all(tables.verdicts(verdicts))
     if any(verdict.passed is False for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -283,18 +289,7 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
     if as_json:
         _print_json({"sweep": sweep, "counts": counts, "runs": rows})
         return
-    summary = ", ".join(f"{count} {state.lower()}" for state, count in counts.items())
-    table = Table(title=f"{literal(sweep)}: {summary}")
-    table.add_column("run", overflow="fold")
-    for column in ("status", "held-out loss", "aligned"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        cells = (row["status"].lower(), _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
-        table.add_row(literal(str(row["run"])), *cells)
-    out.print(table)
-    for row in rows:
-        if row["failure"]:
-            out.print(f"[red]failed[/] {literal(str(row['run']))}: {literal(row['failure'])}", highlight=False)
+    _print_all(tables.status(sweep, counts, rows))
 
 
 @app.command()
@@ -534,80 +529,6 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-def _designs(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> "dict[Comparison, tuple[Design, float]]":
-    """The design of every comparison that the report will make, and the level it is tested at."""
-    from emanalysis.power import ALPHA, planned_design
-    from sweeps.comparisons import comparisons
-
-    found = comparisons(specs, evaluation)
-    return {group: (planned_design(group.seeds, group.topics, group.samples), ALPHA / len(found)) for group in found}
-
-
-def _noises(groups: "list[Comparison]", sweep: str | None, uri: str | None) -> "list[tuple[Noise, str]]":
-    """The noise of each comparison, from a finished sweep or the field, and where it is from, in words."""
-    from emanalysis.power import FIELD
-
-    if sweep is None:
-        return [(FIELD, "the published runs of arXiv 2606.20814 (of seeds: an upper bound)") for _ in groups]
-    from emanalysis.comparable import comparable
-    from emanalysis.power_table import measured_noise
-    from emanalysis.records import load
-    from sweeps.store import data_directory
-
-    known = comparable(load(sweep, tracking_uri=_uri(uri), cache=data_directory() / "records"))
-    if not known:
-        raise ValueError(f"--from {sweep}: it has no finished and scored runs to take variances from")
-    measured = [
-        measured_noise(known, model=group.model, dataset=group.dataset, question_set=group.question_set)
-        for group in groups
-    ]
-    return [(noise, f"{sweep} ({which})") for noise, which in measured]
-
-
-def _ways(found: dict[str, Any]) -> Table:
-    lines = [f"{found['compared']}: {found['configurations']} configurations", f"variances from {found['variances']}"]
-    if found["assumed"]:
-        lines.append(f"(but {', '.join(found['assumed'])}, which it does not show, from the published runs)")
-    table = Table(title=literal("\n".join(lines)), title_justify="left", box=None, pad_edge=False)
-    for column in found["ways"][0]:
-        table.add_column(column, justify="left" if column == "change" else "right")
-    for row in found["ways"]:
-        sizes = [f"{row[column]:,.0f}" for column in ("seeds", "questions", "topics", "samples", "responses")]
-        table.add_row(row["change"], *sizes, "nothing" if row["detects"] is None else f"{row['detects']:.1f}")
-    return table
-
-
-def _show_verdicts(verdicts: "list[Verdict]") -> None:
-    table = Table(box=None, pad_edge=False, title="largest relative differences between packed and alone")
-    table.add_column("run", overflow="fold", ratio=1)
-    for column in ("steps", "loss", "held-out", "grad norm", "LR", "update", "tokens", "verdict"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for verdict in verdicts:
-        found = verdict.comparison
-        if found is None:
-            continue
-        differences = (found.loss, found.heldout, found.grad_norm, found.learning_rate, found.update)
-        table.add_row(
-            literal(verdict.name),
-            str(found.steps),
-            *(f"{difference:.0e}" if difference else "0" for difference in differences),
-            "equal" if found.tokens_equal else "[red]differ[/]",
-            "[green]same[/]" if verdict.passed else "[red]differs[/]",
-        )
-    if table.row_count:
-        out.print(table)
-    for allowed in dict.fromkeys(verdict.tolerance for verdict in verdicts if verdict.tolerance):
-        named = ", ".join(dict.fromkeys(verdict.optimizer for verdict in verdicts if verdict.tolerance == allowed))
-        out.print(
-            f"allowed ({literal(named)}): loss {allowed.loss:.0e}, gradient norm {allowed.grad_norm:.0e}, "
-            f"update {allowed.update:.0e}; all else exactly",
-            highlight=False,
-        )
-    for verdict in verdicts:
-        if verdict.unpackable:
-            out.print(f"trained alone anyway: {literal(verdict.name)}: {literal(verdict.unpackable)}", highlight=False)
-
-
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     from sweeps.recipe import load_recipe, recipe_path
 
@@ -794,71 +715,9 @@ def _ui_command(uri: str | None) -> str:
     return f"emsweep ui --uri {uri}" if uri else "emsweep ui"
 
 
-def _detectable(specs: "Iterable[RunSpec]", evaluation: "Evaluation") -> dict[str, dict[str, Any]]:
-    """What each comparison of the report would find, by the field's variances; None points where it finds nothing."""
-    from emanalysis.power import FIELD, detectable_difference
-
-    said = {}
-    for group, (design, alpha) in _designs(specs, evaluation).items():
-        points = detectable_difference(FIELD, design, alpha=alpha)
-        found = round(points, 1) if points <= 100 else None
-        said[group.title] = {"points": found, "configurations": design.cells, "seeds": design.seeds}
-    return said
-
-
-def _detectable_text(found: dict[str, Any]) -> str:
-    from emanalysis.confirmation import MIN_SEEDS
-
-    points = "nothing" if found["points"] is None else f"{found['points']:.0f} points"
-    if found["seeds"] < MIN_SEEDS:
-        points = f"nothing without {MIN_SEEDS} seeds of each or a null sweep"
-    seeds = f"{found['seeds']} seed{'s' if found['seeds'] > 1 else ''}"
-    return f"{points} ({found['configurations']} configurations, {seeds})"
-
-
-def _print_plan(facts: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in facts.items():
-        if key in {"unknown", "assumptions", "detectable_difference"} or (key == "duplicates" and not value):
-            continue
-        shown = f"unknown: {facts['unknown'][key]}" if key in facts["unknown"] and not value else _measure(key, value)
-        name = key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-        name = f"{name} time" if key.endswith("_seconds") else name
-        table.add_row(f"[dim]{name}[/]", literal(shown))
-        if key in facts["unknown"] and value:
-            table.add_row("", literal(f"unknown for {facts['unknown'][key]}"))
-    detectable = [
-        f"{compared}: {_detectable_text(found)}" for compared, found in facts["detectable_difference"].items()
-    ]
-    table.add_row("[dim]detectable difference[/]", literal("\n".join(detectable) or "nothing is compared in the grid"))
-    out.print(table)
-    for line in facts["assumptions"]:
-        out.print(f"[dim]-[/] {literal(line)}", highlight=False)
-
-
-def _measure(key: str, value: Any) -> str:
-    """A figure as people read it; its unit is in its key."""
-    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-        return "\n".join(f"{name}: {_measure(key, inner)}" for name, inner in value.items())
-    if isinstance(value, dict):
-        return ", ".join(f"{_measure(key, inner)} {name.replace('_', ' ')}" for name, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(value)
-    if key.endswith("_bytes"):
-        return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
-    if key.endswith("_seconds"):
-        from sweeps.progress import duration
-
-        return f"about {duration(value)}"
-    if key == "dollars":
-        return f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _print_all(parts: Iterable[Table | str]) -> None:
+    for part in parts:
+        out.print(part, highlight=False)
 
 
 def _print_json(value: Any) -> None:
