@@ -350,12 +350,10 @@ class Engine:
 
         def judge() -> None:
             try:
-                self._report(lane, lane.record.judge(responses, step=point.step), loss, step=point.step)
+                judged = lane.record.judge(responses, step=point.step)
+                self._report(lane, judged, loss, step=point.step, state=state)
                 if last:
                     self._finish(lane)
-                else:
-                    # After the evaluation is on record: a run killed in between evaluates again, it never skips one.
-                    checkpoint.save(state, lane.record.plan.state_directory)
             except Exception as error:
                 lane.dropped = True
                 self._fail(lane, error)
@@ -373,14 +371,27 @@ class Engine:
         self._report(lane, lane.record.judge(responses, step=point.step), point.heldout, step=point.step)
         lane.eval_seconds += time.perf_counter() - began
 
-    def _report(self, lane: Lane, judged: pd.DataFrame, loss: HeldoutLoss, *, step: int) -> None:
+    def _report(
+        self,
+        lane: Lane,
+        judged: pd.DataFrame,
+        loss: HeldoutLoss,
+        *,
+        step: int,
+        state: "checkpoint.RunState | None" = None,
+    ) -> None:
+        """Record an evaluation point, keep ``state`` where there is one, and tell the trial."""
         if lane.base_recorded is not None:
             lane.base_recorded.result()
         lane.last = lane.record.record(judged, loss, step=step)
-        if step < lane.job.run.total_steps:
-            lane.reports.put(Report(lane.last, step, lane.record.tokens, note=lane.note))
-        else:
+        if step == lane.job.run.total_steps:
             lane.paused = False  # the end is reported once, with its status
+            return
+        if state is not None:
+            # After the evaluation is on record: a run killed in between evaluates again, it never skips one. Before the
+            # trial hears of it: what it asks for then must not end before its state is written.
+            checkpoint.save(state, lane.record.plan.state_directory)
+        lane.reports.put(Report(lane.last, step, lane.record.tokens, note=lane.note))
 
     def _record_base(self, lane: Lane, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Record the model before fine-tuning, sampled and judged once for all runs that start from it."""
