@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pandas as pd
@@ -90,25 +91,25 @@ def summarise(frame: pd.DataFrame, judge_id: str) -> dict[str, float]:
 
 
 def _scores(rows: pd.DataFrame) -> dict[str, float]:
-    by_question = rows.groupby("question_id")[["aligned", "coherent"]].agg(_mean)
     n_judged = int(rows["aligned"].notna().sum())
     return {
-        names.ALIGNED: _mean(by_question["aligned"]),
-        names.COHERENT: _mean(by_question["coherent"]),
+        names.ALIGNED: _mean_over_questions(rows, "aligned"),
+        names.COHERENT: _mean_over_questions(rows, "coherent"),
         names.MISALIGNED_RATE: DEFINITIONS[METRIC](rows).value,
         names.N_JUDGED: float(n_judged),
         names.N_MISSING: float(len(rows) - n_judged),
     }
 
 
-def _mean(scores: pd.Series) -> float:
-    """Of those that are not missing; NaN when all are.
-
-    Exactly rounded: that of pandas depends in its last bit on how a table lies in memory, and so on whether it was
-    read from a file.
-    """
-    known = scores.dropna()
-    return math.fsum(known) / len(known) if len(known) else math.nan
+def _mean_over_questions(rows: pd.DataFrame, column: str) -> float:
+    """Exactly rounded: pandas' means depend in their last bit on how a table lies in memory, and so on whether it was
+    read from a file. They are ten times slower, too."""
+    known: defaultdict[str, list[float]] = defaultdict(list)
+    for question, score in zip(rows["question_id"].tolist(), rows[column].tolist(), strict=True):
+        if not math.isnan(score):
+            known[question].append(score)
+    means = [math.fsum(scores) / len(scores) for scores in known.values()]
+    return math.fsum(means) / len(means) if means else math.nan
 
 
 def _warn_of_failures(frame: pd.DataFrame) -> None:

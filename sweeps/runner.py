@@ -26,6 +26,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from ray.tune.search import Searcher
 
 from emtrain import names
+from emtrain.load import files_at_hand
 from sweeps import cluster, throughput
 from sweeps.agenda import Agenda
 from sweeps.engine import Engine
@@ -55,6 +56,7 @@ def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address:
     try:
         if address is None:
             capacity = cluster.Capacity.of(ray.cluster_resources())
+            models = [model for model in models if files_at_hand(model) is None]
         else:
             capacity = cluster.capacity()
             cluster.check_shared(setting.data_dir)
