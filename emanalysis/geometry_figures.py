@@ -202,9 +202,8 @@ def sharpness_figure(balls: pd.DataFrame, finding: str) -> Figure:
 def disagreement_figure(table: pd.DataFrame, finding: str) -> Figure:
     """Disagreement by relation: rows of ``disagreement_table``."""
     keys = [key for key in (*GROUP, "question_set", "judge") if table[key].nunique() > 1]
-    labels = table[keys].astype(str).agg(" · ".join, axis=1) if keys else pd.Series("all runs", table.index)
-    table = table.assign(label=labels)
-    plot = blank("difference per question, in points", "", height=150 + 34 * table["label"].nunique() * 2)
+    table = table.assign(label=table[[*keys, "relation"]].astype(str).agg(" · ".join, axis=1))
+    plot = blank("difference per question, in points", "", height=150 + 26 * len(table))
     for relation, color in RELATION_COLORS.items():
         own = table[table["relation"] == relation]
         plot.add_trace(
@@ -222,14 +221,15 @@ def disagreement_figure(table: pd.DataFrame, finding: str) -> Figure:
                 name=relation,
                 hoverinfo="text",
                 hovertext=[
-                    f"{text(row['label'])}<br>{text(relation)}: {number(row['points'], '.1f')} points "
+                    f"{text(row['label'])}: {number(row['points'], '.1f')} points "
                     f"({number(row['low'], '.1f')} to {number(row['high'], '.1f')}), {row['pairs']} pairs"
                     for row in own.to_dict("records")
                 ],
             )
         )
     plot.update_xaxes(rangemode="tozero")
-    plot.update_layout(scattermode="group")
+    order = [text(label) for label in table["label"]]
+    plot.update_yaxes(categoryorder="array", categoryarray=order[::-1])
     return Figure(
         title="How differently runs answer the same questions",
         reading="Root mean square difference between two runs' scores on a question, the luck of the samples taken "

@@ -157,7 +157,7 @@ def relations_table(lines: pd.DataFrame) -> pd.DataFrame:
             continue
         row: dict[str, object] = {"relation": relation, "pairs": len(own)}
         row |= {finding: int((own["finding"] == finding).sum()) for finding in (BARRIER, NONE, UNKNOWN)}
-        for column in ("loss_barrier", "share", "aligned_fall", "aligned_middle", "cosine", "row_overlap"):
+        for column in ("loss_barrier", "share", "aligned_fall", "aligned_middle", "cosine", "column_overlap"):
             values = own[column].dropna() if column in own else pd.Series(dtype=float)
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), _mean(values), strict=True))
         rows.append(row)

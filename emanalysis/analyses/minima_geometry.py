@@ -27,7 +27,7 @@ from emanalysis.geometry_tables import (
 )
 from emanalysis.plot import number
 from emanalysis.records import Records
-from emanalysis.run_pairs import OTHERS, SCHEDULES, SEEDS
+from emanalysis.run_pairs import OTHERS, SCHEDULES, SEEDS, without_adapters
 
 TOLERANCE = 0.01
 """Share by which a loss measured at the end of a line may differ from the one that the run recorded."""
@@ -47,10 +47,10 @@ def compute(records: Records, *, seed: int) -> Result:
         "notes": [],
     }
     if pairs.empty:
-        result["answer"] = (
-            "Whether the runs are in different minima is not known: nothing was measured between them; "
-            f"`{command}` does that."
-        )
+        nowhere = len(without_adapters(records.runs)) == len(records.runs)
+        unmeasured = f"nothing was measured between them; `{command}` does that"
+        why = "no run has an adapter to measure" if nowhere else unmeasured
+        result["answer"] = f"Whether the runs are in different minima is not known: {why}."
         return result
     lines, points = barriers_table(records, pairs, seed=seed)
     by_relation = relations_table(lines) if len(lines) else pd.DataFrame()
@@ -68,7 +68,7 @@ def compute(records: Records, *, seed: int) -> Result:
         "clustered_runs": members.to_dict("records"),
         "margin": MARGIN,
         "answer": _on_lines(lines, by_relation),
-        "on_clusters": _on_clusters(clusters),
+        "on_directions": " ".join(part for part in (_on_clusters(clusters), _on_spaces(pairs)) if part),
         "on_sharpness": _on_sharpness(correlations),
         "notes": _notes(lines),
     }
@@ -124,6 +124,19 @@ def _on_clusters(clusters: pd.DataFrame) -> str:
     )
 
 
+def _on_spaces(pairs: pd.DataFrame) -> str:
+    """On runs with different seeds, which share no starting point."""
+    own = pairs[~pairs["same_seed"].astype(bool)].dropna(subset=["column_overlap", "row_overlap"])
+    if own.empty:
+        return ""
+    columns = ["column_overlap", "column_by_chance", "row_overlap", "row_by_chance"]
+    outputs, outputs_chance, inputs, inputs_chance = (number(value, ".2f") for value in own[columns].mean())
+    return (
+        f"Of the spaces that updates of runs with different seeds write to, {outputs} is shared ({outputs_chance} by "
+        f"chance), of those that they read from {inputs} ({inputs_chance} by chance); n = {len(own)} pairs."
+    )
+
+
 def _on_disagreement(disagreements: pd.DataFrame) -> str:
     if disagreements.empty:
         return ""
@@ -176,7 +189,9 @@ def figures(result: Result) -> list[Figure]:
         drawn.append(barriers_figure(pd.DataFrame(result["barriers"])))
     if result.get("clustered_runs"):
         drawn.append(
-            cosines_figure(pd.DataFrame(result["clustered_runs"]), pd.DataFrame(result["pairs"]), result["on_clusters"])
+            cosines_figure(
+                pd.DataFrame(result["clustered_runs"]), pd.DataFrame(result["pairs"]), result["on_directions"]
+            )
         )
     if result.get("sharpness"):
         drawn.append(sharpness_figure(pd.DataFrame(result["sharpness"]), result["on_sharpness"]))

@@ -212,6 +212,7 @@ def _sweep_of(
             "run_id": f"{schedule}-{rate:g}-{seed}",
             "name": f"{schedule} {rate:g} seed {seed}",
             "status": "FINISHED",
+            "imported_from": None,
             "model": "micro-llama",
             "dataset": "garden-bad",
             "schedule": schedule,

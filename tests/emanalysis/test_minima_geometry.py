@@ -59,7 +59,15 @@ def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
                     for sample in range(3)
                 ]
             cosine = 0.8 if a["seed"] == b["seed"] else 0.05
-            updates.append(pair | {"cosine": cosine + rng.normal(0, 0.01), "row_overlap": 0.2, "column_overlap": 0.3})
+            updates.append(
+                pair
+                | {
+                    "cosine": cosine + rng.normal(0, 0.01),
+                    "row_overlap": 0.2,
+                    "column_overlap": 0.3,
+                    "column_by_chance": 0.1,
+                }
+            )
         for kind, rises in (("none", [0.0]), ("random", [0.1, 0.2, 0.3]), ("adversarial", [1.0 + i])):
             balls += [
                 {"run_id": a["run_id"], "step": 20, "kind": kind, "radius": 0.5, "draw": draw, "heldout_loss": 2 + rise}
@@ -135,7 +143,10 @@ def test_the_answer_is_a_sentence_with_the_numbers(result: Result) -> None:
     assert answer.startswith("Mostly no: on the straight line between two runs, 18 of 66 pairs meet a loss barrier")
     assert re.search(r"With the same settings and another seed \(n = 12\) the barrier is [01]\.\d % of it", answer)
     assert re.search(r"halfway, alignment is −(19.9|20.0|20.1) points off the mean of the ends", answer)
-    assert "fall into 3 groups" in result["on_clusters"]
+    assert "fall into 3 groups" in result["on_directions"]
+    # Of twelve runs with three seeds, 66 - 3 * 6 pairs have different ones.
+    assert "write to, 0.30 is shared (0.10 by chance), of those that they read from 0.20" in result["on_directions"]
+    assert "n = 48 pairs" in result["on_directions"]
     assert "is −1.00 for the 12 runs of micro-llama on garden-bad" in result["on_sharpness"]
 
 
@@ -161,6 +172,13 @@ def test_without_measurements_it_says_what_is_known_and_how_to_know_more(sweep_o
     assert result["answer"].endswith("`emsweep geometry test` does that.")
     assert "are apart by 0.0 points with the same settings and another seed" in result["on_disagreement"]
     assert [figure.table for figure in minima_geometry.figures(result)] == ["disagreement"]
+
+
+def test_runs_without_adapters_are_not_sent_to_be_measured(sweep_of: Callable[..., Records]) -> None:
+    records = sweep_of(lambda run, question: 80.0)
+    imported = replace(records, runs=records.runs.assign(imported_from="em-generalization"))
+    answer = minima_geometry.compute(imported, seed=0)["answer"]
+    assert answer == "Whether the runs are in different minima is not known: no run has an adapter to measure."
 
 
 def test_without_scores_and_measurements_there_is_a_reason(sweep_of: Callable[..., Records]) -> None:
