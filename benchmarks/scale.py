@@ -27,10 +27,8 @@ from typing import Any
 # Before Ray is imported, which hands it to the workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import save_file
 
 from emeval.responses import Response
 from emtrain.heldout import HeldoutLoss
@@ -96,6 +94,9 @@ class StubEngine:
 
 def write_adapter(directory: Path) -> None:
     """An adapter of 100 kB in PEFT's format."""
+    import torch
+    from safetensors.torch import save_file
+
     directory.mkdir(parents=True)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}
     (directory / "adapter_config.json").write_text(json.dumps(config))

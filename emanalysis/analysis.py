@@ -16,7 +16,7 @@ Tables are lists of records (``[{"run_id": ..., "aligned": ...}, ...]``); each b
 Keys with a meaning to the report:
 
 - ``reason``: why there are no numbers at all ("needs at least 3 runs; this sweep has 1"); no figure is drawn then.
-- ``answer``: the analysis' question answered in one or two plain sentences, shown before the figures.
+- ``answer``: the analysis' question answered in plain sentences, a line for each paragraph, shown before the figures.
 - ``notes``: list of sentences: what was left out, and why.
 """
 

@@ -256,20 +256,21 @@ def _overall(verdicts: list[Verdict]) -> Outcome:
 
 
 def _answer(outcome: Outcome, groups: list[Comparable], verdicts: list[Verdict], settling: Rows) -> str:
-    """The verdict in a few sentences, about the groups that decided it."""
+    """The verdict in a few sentences, a paragraph for each group that decided it."""
     deciding = [pair for pair in zip(groups, verdicts, strict=True) if pair[1].outcome == outcome]
-    sentences = [f"{outcome.capitalize()}."]
+    paragraphs = [f"{outcome.capitalize()}."]
     for group, verdict in deciding[:ANSWERED]:
-        sentences.append(f"On {group.question_set} ({group.model}, {group.dataset}): {verdict.reason}")
+        sentences = [f"On {group.question_set} ({group.model}, {group.dataset}): {verdict.reason}"]
         sentences.append(_pair_sentence(group, verdict))
         if outcome != "found" and np.isfinite(verdict.detectable):
             sentences.append(f"A gain of {number(verdict.detectable, '.0f')} points would likely have been found.")
         if outcome == "can't tell":
             own = [row for row in settling if all(row[name] == value for name, value in group.key.items())]
             sentences.append(_settling_sentence(verdict, own))
+        paragraphs.append(" ".join(sentences))
     if len(deciding) > ANSWERED:
-        sentences.append(f"{len(deciding) - ANSWERED} more groups have the same verdict.")
-    return " ".join(sentences)
+        paragraphs.append(f"{len(deciding) - ANSWERED} more groups have the same verdict.")
+    return "\n".join(paragraphs)
 
 
 def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
