@@ -42,7 +42,7 @@ def test_a_planted_better_minimum_is_found_and_shown(sweep_of: Callable[..., Rec
     assert row["better"] == BETTER
     assert row["low"] < 15 < row["high"]
     assert (row["cells"], row["runs"], row["questions"], row["question_groups"]) == (6, 30, 10, 5)
-    assert result["answer"].startswith("Found. On broad (micro-llama, garden-bad):")
+    assert result["answer"].startswith("Found.\nOn broad (micro-llama, garden-bad):")
     assert BETTER in result["answer"]
     assert result["what_would_settle"] == []
     largest = max(result["max_diff"], key=lambda gap: gap["max_diff"])
