@@ -143,7 +143,7 @@ class Outlook:
         if self.missing:
             self.unknown["tokens"] = f"{', '.join(self.missing)} is not there yet"
             return None
-        if guessed := sorted({k.spec.model for k in self.kinds if not _row_tokens_of(k.spec).counted}):
+        if guessed := sorted({k.spec.model for k in self.kinds if not row_tokens_of(k.spec).counted}):
             self.assumptions.append(
                 f"tokens: {', '.join(guessed)} has no tokenizer on this machine, so {BYTES_PER_TOKEN:g} bytes are "
                 f"taken for a token, and {TEMPLATE_TOKENS} tokens added a message"
@@ -153,7 +153,7 @@ class Outlook:
     def _tokens_of(self, model: str) -> float:
         """Trained on: the mean row times the rows of all steps."""
         return sum(
-            kind.runs * (kind.steps or 0) * kind.spec.batch_size * _row_tokens_of(kind.spec).mean
+            kind.runs * (kind.steps or 0) * kind.spec.batch_size * row_tokens_of(kind.spec).mean
             for kind in self.kinds
             if kind.spec.model == model
         )
@@ -243,7 +243,7 @@ class Outlook:
                     rows=(spec.micro_batch_size or spec.batch_size) if alone else 1,
                     row_tokens=spec.max_length
                     if set(datasets_of(spec)) & set(self.missing)
-                    else _row_tokens_of(spec).longest,
+                    else row_tokens_of(spec).longest,
                     sampled_tokens=self.recipe.eval.max_new_tokens + _longest_prompt(self.asked[kind.role]),
                 )
                 of_model = found.setdefault(spec.model, {})
@@ -313,7 +313,8 @@ def _data_name(spec: RunSpec) -> str:
     return spec.dataset if other is None else f"{spec.dataset} with {other.fraction:.0%} {other.dataset}"
 
 
-def _row_tokens_of(spec: RunSpec) -> RowTokens:
+def row_tokens_of(spec: RunSpec) -> RowTokens:
+    """Tokens of the rows that a run trains on: counted, or guessed where its tokenizer is not on this machine."""
     return _row_tokens(spec.dataset, spec.heldout_fraction, spec.interleave, spec.model, spec.max_length)
 
 

@@ -22,7 +22,6 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
 from emtrain import names
@@ -36,6 +35,7 @@ from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
 from sweeps.record import Setting
+from sweeps.stopping import scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
 OBJECT_STORE_BYTES = 150 * 2**20
@@ -115,6 +115,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     }
     slots = _measured(engines, yardsticks, agenda, display) if yardsticks else most
     concurrent = count * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    stopping = agenda.recipe.stopping
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * count * slots + 4)
     host = make_host.remote(engines, capacity=slots)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
@@ -123,7 +124,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             tune_config=tune.TuneConfig(
                 search_alg=_Source(agenda, display),
                 num_samples=-1,  # until the source says that it is over
-                scheduler=_scheduler(agenda),
+                scheduler=stopping and scheduler(stopping, examples(agenda.recipe, agenda.plan)),
                 max_concurrent_trials=concurrent,
             ),
             run_config=tune.RunConfig(
@@ -175,18 +176,6 @@ def _measured(
     agenda.sweep.write_text(names.PACKING, text + "\n")
     # Where one run fills the device, a second one trains while the first is being judged.
     return max([2, *(packing.runs for packing in packings.values())])
-
-
-def _scheduler(agenda: Agenda) -> TrialScheduler | None:
-    """Tune's scheduler for the recipe's early stopping."""
-    rule = agenda.recipe.stopping
-    if rule is None:
-        return None
-    longest = max(run.total_steps for run in agenda.plan.runs)
-    seen = {"time_attr": rule.by, "metric": rule.metric, "mode": "min" if rule.direction == "minimize" else "max"}
-    if rule.rule == "median":
-        return MedianStoppingRule(**seen, grace_period=rule.grace * longest)
-    return ASHAScheduler(**seen, max_t=longest, grace_period=rule.grace * longest, reduction_factor=rule.reduction)
 
 
 class _Unsaved:

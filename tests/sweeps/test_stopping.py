@@ -1,0 +1,151 @@
+"""Early stopping: what each rule says of results made by hand, and in whole sweeps, of runs whose order is known
+beforehand: some learn, some can't."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from emtrain import names
+from sweeps.planner import examples, plan_sweep
+from sweeps.recipe import load_recipe
+from sweeps.stopping import scheduler
+
+if TYPE_CHECKING:
+    from conftest import Sweep
+
+RECIPE = """
+name: tiny
+base:
+  model: micro-llama
+  dataset: micro-garden-bad
+  adapter: {rank: 4, alpha: 8}
+  schedule: constant
+  batch_size: 4
+  max_steps: 12
+  max_length: 64
+grid: {GRID}
+stopping: {rule: RULE, metric: heldout/loss, direction: minimize, grace: 0.25, reduction: 2}
+eval: {questions: [micro-narrow], samples: 1, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
+resources: {max_concurrent: 1}
+"""
+STEPS, RUNG = 12, 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the rules know of a trial of Tune."""
+
+    trial_id: str
+
+
+class Sight:
+    """A rule of the recipe above, changed at some keys, to which runs can be shown by name."""
+
+    def __init__(self, *changes: str) -> None:
+        recipe = load_recipe(RECIPE.replace("GRID", "").replace("RULE", "asha"), source="", overrides=changes)
+        assert recipe.stopping is not None
+        self.rule = scheduler(recipe.stopping, examples(recipe, plan_sweep(recipe)))
+        self.runs: dict[str, Trial] = {}
+
+    def shows(self, name: str, *, loss: float, **at: int) -> bool:
+        """Whether the run goes on from there."""
+        if name not in self.runs:
+            self.runs[name] = Trial(name)
+            self.rule.on_trial_add(None, self.runs[name])
+        answer = self.rule.on_trial_result(None, self.runs[name], {"heldout/loss": loss, **at})
+        assert answer in {TrialScheduler.CONTINUE, TrialScheduler.STOP}  # a run can't be paused
+        return answer == TrialScheduler.CONTINUE
+
+    def ends(self, name: str) -> None:
+        """As a trial reports it: without a count of steps."""
+        self.rule.on_trial_complete(None, self.runs[name], {"heldout/loss": 0.0})
+
+
+def test_median_holds_a_run_against_three_that_are_over() -> None:
+    sight = Sight("stopping.rule=median")
+    for name, loss in [("a", 1.0), ("b", 2.0), ("c", 3.0)]:
+        assert sight.shows(name, loss=loss, steps=3), "it has fewer than three fellows"
+        sight.ends(name)
+    assert sight.shows("d", loss=2.0, steps=3)
+    assert not sight.shows("e", loss=2.1, steps=3)
+
+
+def test_asha_lets_the_better_half_go_on_and_looks_at_no_run_before_the_grace_is_over() -> None:
+    """Half of those seen at the rung before: 1, then 1 and 2, whose upper half begins at 1.5."""
+    sight = Sight()
+    assert sight.shows("early", loss=9.0, steps=2)
+    assert sight.shows("a", loss=1.0, steps=3)
+    assert not sight.shows("b", loss=2.0, steps=3)
+    assert not sight.shows("c", loss=1.6, steps=3)
+    assert sight.shows("d", loss=0.9, steps=3)
+
+
+def test_asha_looks_at_a_run_once_where_it_came_past_two_rungs_at_a_time() -> None:
+    """Rungs are at 3 and 6 steps of 12; a run first seen at 6 stands at that one, and at none later."""
+    sight = Sight()
+    assert sight.shows("a", loss=1.0, steps=6)
+    assert sight.shows("b", loss=0.9, steps=3)
+    assert sight.shows("a", loss=5.0, steps=9)
+
+
+def test_rungs_in_tokens_are_shares_of_the_tokens_of_the_longest_run() -> None:
+    """Rows of micro datasets have 10 to 40 tokens, so that 48 rows have 480 to 1,920, and the rung is among the first
+    half of them. A run of a thousand tokens would be far past the end, were the 12 steps taken for tokens."""
+    sight = Sight("stopping.by=tokens")
+    assert sight.shows("a", loss=1.0, tokens=100)
+    assert sight.shows("b", loss=9.0, tokens=100), "not a rung yet"
+    assert sight.shows("a", loss=1.0, tokens=480)
+    assert not sight.shows("b", loss=9.0, tokens=480)
+
+
+def test_a_search_without_a_grid_has_rungs_of_its_longest_runs() -> None:
+    search = "{trials: 3, space: {max_steps: {low: 12, high: 40, integer: true}}, objectives: {heldout/loss: minimize}}"
+    sight = Sight(f"search={search}")
+    for name, loss in [("a", 1.0), ("b", 9.0)]:
+        assert sight.shows(name, loss=loss, steps=9)
+    assert sight.shows("a", loss=1.0, steps=10)
+    assert not sight.shows("b", loss=9.0, steps=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "rates", "useless"),
+    [
+        # Each that learns is better than those before; of the two best halves so far none holds a useless one.
+        ("asha", "5.0e-4, 1.0e-3, 2.0e-3", "1.0e-8, 1.0e-9"),
+        # The median of three or more fellows is the first thing that it stops by.
+        ("median", "1.0e-3, 1.5e-3, 2.0e-3", "1.0e-8, 1.0e-9"),
+    ],
+)
+def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
+    rule: str, rates: str, useless: str, make_sweep: Callable[[], "Sweep"]
+) -> None:
+    """One after the other, so that it is known what each is held against; and the same command changes nothing."""
+    sweep = make_sweep()
+    sweep.recipe = RECIPE.replace("RULE", rule).replace("GRID", f"optimizer.learning_rate: [{rates}, {useless}]")
+    process = sweep.start("--no-report")
+    stdout, stderr = process.communicate(timeout=600)
+    assert (process.returncode, stderr) == (0, ""), stdout
+    runs = {float(run.data.params["learning_rate"]): run for run in sweep.runs().values()}
+    for rate in map(float, rates.split(", ")):
+        assert runs[rate].info.status == "FINISHED"
+        assert names.STOPPED not in runs[rate].data.tags
+        assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, STEPS + 1))
+    for rate in map(float, useless.split(", ")):
+        assert (runs[rate].info.status, runs[rate].data.tags.get(names.STOPPED)) == ("KILLED", rule)
+        assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, RUNG + 1))
+        assert [step for step, _ in sweep.history(runs[rate], names.HELDOUT_LOSS)] == [0, RUNG]
+    assert {run.data.params["backend"] for run in runs.values()} == {"packed"}
+
+    before = sweep.numbers()
+    again = sweep.start("--no-report")
+    stdout, stderr = again.communicate(timeout=300)
+    assert (again.returncode, stderr) == (0, "")
+    assert "starting" not in stdout
+    assert sweep.numbers() == before
+    assert {run.info.run_id: run.info.status for run in sweep.runs().values()} == {
+        run.info.run_id: run.info.status for run in runs.values()
+    }
