@@ -18,7 +18,14 @@ from sweeps.planner import Evaluation, PlannedRun, SweepPlan, confirmation, plan
 from sweeps.recipe import Recipe, changed
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from sweeps.search import Bounds, Metrics, Proposal, Search
+
+
+def is_over(known: "Run") -> bool:
+    """Whether a run, as MLflow has it, is not to be taken up again: it is finished, or was stopped early."""
+    return known.info.status == "FINISHED" or names.STOPPED in known.data.tags
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Agenda:
         if run.run_key in self.ends:
             self._record(self.ends[run.run_key])
             return
-        if known is not None and (known.info.status == "FINISHED" or names.STOPPED in known.data.tags):
+        if known is not None and is_over(known):
             self.finished_before += 1
             self._record(Ended(run, known.info.status, known.data.metrics))
             return

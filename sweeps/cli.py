@@ -563,6 +563,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
     """Run what is left of a sweep; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
+    from sweeps.agenda import is_over
     from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
     from sweeps.record import Setting
@@ -581,9 +582,13 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
         left = [run for run in planned.runs if run.run_key not in done]
         already = len(planned.runs) - len(left)
+        stopped = [key for run in left if (key := run.run_key) in agenda.known and is_over(agenda.known[key])]
+        counts = f"{len(planned.runs)} runs, {already} finished" + (
+            f", {len(stopped)} stopped early" if stopped else ""
+        )
         search = f", then a search of {recipe.search.trials} trials" if recipe.search else ""
-        out.print(f"[bold]{recipe.name}[/]: {len(planned.runs)} runs, {already} finished{search}", highlight=False)
-        if not left and not recipe.search:
+        out.print(f"[bold]{recipe.name}[/]: {counts}{search}", highlight=False)
+        if len(stopped) == len(left) and not recipe.search:
             sweep.set_status(sweep.parent_run_id, "FINISHED")
             return 0
         sweep.set_status(sweep.parent_run_id, "RUNNING")
@@ -592,6 +597,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         out.print("preparing models and starting workers ...")
         expected = sum(most_runs(recipe, len(planned.runs)).values())
         board = Board.of(left, already_done=already, expected=expected)
+        for run_key in stopped:
+            board.runs[run_key].status = "KILLED"
         models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
         try:
             with Display(out, board) as display:
@@ -604,9 +611,10 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
             )
             raise typer.Exit(130) from None
         board.expected = 0  # trials that wanted the same run were fewer runs
-        failed = board.count("FAILED")
+        failed, killed = board.count("FAILED"), board.count("KILLED")
         sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
         ended = f"{board.finished} of {board.total} runs finished" + (f", [red]{failed} failed[/]" if failed else "")
+        ended += f", {killed} stopped early" if killed else ""
         out.print(ended, highlight=False)
         return failed
 

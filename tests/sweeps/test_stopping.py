@@ -129,6 +129,7 @@ def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
     process = sweep.start("--no-report")
     stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stderr) == (0, ""), stdout
+    assert "3 of 5 runs finished, 2 stopped early" in stdout.splitlines()
     runs = {float(run.data.params["learning_rate"]): run for run in sweep.runs().values()}
     for rate in map(float, rates.split(", ")):
         assert runs[rate].info.status == "FINISHED"
@@ -144,6 +145,7 @@ def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
     again = sweep.start("--no-report")
     stdout, stderr = again.communicate(timeout=300)
     assert (again.returncode, stderr) == (0, "")
+    assert stdout.splitlines()[0] == "tiny: 5 runs, 3 finished, 2 stopped early"
     assert "starting" not in stdout
     assert sweep.numbers() == before
     assert {run.info.run_id: run.info.status for run in sweep.runs().values()} == {
