@@ -232,6 +232,11 @@ class SweepLog:
         client(self.uri).set_tag(run_id, names.STOPPED, rule)
         self.set_status(run_id, "KILLED")
 
+    def history(self, run_id: str, metric: str) -> dict[int, float]:
+        """Step -> value of a metric of a run; of a step logged twice the first."""
+        points = client(self.uri).get_metric_history(run_id, metric)
+        return {point.step: point.value for point in reversed(points)}
+
     def download(self, run_id: str, name: str, into: Path) -> Path | None:
         """A copy of one artifact of a run, a file or a folder; None when the run has none of that name."""
         folder, _, _ = name.rpartition("/")

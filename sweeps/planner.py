@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,24 @@ def plan_sweep(recipe: Recipe) -> SweepPlan:
     for spec, name in zip(specs, run_names(specs), strict=True):
         run = plan_run(spec, evaluation, name=name)
         runs.setdefault(run.run_key, run)
+    if recipe.stopping is not None and recipe.stopping.rule == "halving":
+        _can_wait(runs.values())
     return SweepPlan(tuple(runs.values()), len(specs) - len(runs), evaluation)
+
+
+def _can_wait(runs: Collection[PlannedRun]) -> None:
+    """Runs that wait for each other must not keep the device from each other, as one base does from another."""
+    bases = sorted({f"{run.spec.model} in {run.spec.precision}" for run in runs})
+    if len(bases) > 1:
+        raise ValueError(
+            f"stopping.rule: with halving all runs share one model and precision; the grid has {', '.join(bases)}. "
+            "Make a sweep of each, or use rule: asha"
+        )
+    if any(run.spec.adapter == "full" for run in runs):
+        raise ValueError(
+            "stopping.rule: with halving runs are packed, which `adapter: full` can't be; use a LoRA adapter, or rule: "
+            "asha"
+        )
 
 
 def examples(recipe: Recipe, planned: SweepPlan) -> list[PlannedRun]:

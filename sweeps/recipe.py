@@ -41,9 +41,10 @@ class ResourceSpec(Spec):
 class StoppingSpec(Spec):
     """Runs that do worse than their fellows at an evaluation point end there (``eval.at`` says when they are seen)."""
 
-    rule: Literal["asha", "median"] = "asha"
+    rule: Literal["asha", "median", "halving"] = "asha"
     """``asha``: only the best ``1 / reduction`` of those seen at a rung go on (arXiv 1810.05934). ``median``: a run
-    ends when its best value so far is worse than the median of its fellows' running means (Vizier)."""
+    ends when its best value so far is worse than the median of its fellows' running means (Vizier). ``halving``: all
+    runs of the grid wait for each other at a rung, then the best ``1 / reduction`` go on (arXiv 1502.07943)."""
     metric: str = names.eval_metric(names.ALIGNED)
     """A metric of evaluation points; ``heldout/loss`` for instance."""
     direction: Literal["minimize", "maximize"] = "maximize"
@@ -52,7 +53,13 @@ class StoppingSpec(Spec):
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the longest run before which none is stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """Of ``asha``: one in so many goes on from each rung, and rungs are so many times apart."""
+    """Of ``asha`` and ``halving``: one in so many goes on from each rung, and rungs are so many times apart."""
+
+    @model_validator(mode="after")
+    def _halving_counts_steps(self) -> Self:
+        if self.rule == "halving" and self.by != "steps":
+            raise ValueError(f"by: halving has its rungs at steps, not at {self.by}; leave `by` out, or use rule: asha")
+        return self
 
 
 class TrackingSpec(Spec):
@@ -100,6 +107,23 @@ class Recipe(Spec):
     analysis: AnalysisSpec = AnalysisSpec()
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _halving_can_wait(self) -> Self:
+        """Every run of a rung has to come there before one goes on."""
+        if self.stopping is None or self.stopping.rule != "halving":
+            return self
+        if self.search is not None:
+            raise ValueError(
+                "stopping.rule: halving waits until all runs have come to a rung, and a search proposes runs by how "
+                "others ended; use rule: asha"
+            )
+        if self.resources.backend == "trl":
+            raise ValueError(
+                "resources.backend: a run that trains alone, by trl, keeps the device while it waits for others, as "
+                "stopping.rule halving has it; use backend: auto, or rule: asha"
+            )
+        return self
 
     @model_validator(mode="after")
     def _metrics_are_reported(self) -> Self:

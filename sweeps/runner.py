@@ -1,11 +1,12 @@
 """Runs a planned sweep with Ray Tune: every run that has not finished yet, each as one trial."""
 
+import functools
 import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +28,9 @@ from ray.tune.search import Searcher
 from emtrain import names
 from emtrain.load import files_at_hand
 from sweeps import cluster, throughput
-from sweeps.agenda import Agenda
+from sweeps.agenda import Agenda, is_over
 from sweeps.engine import Engine
+from sweeps.halving import Halving, rung_steps
 from sweeps.inputs import prepare_model
 from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
@@ -102,12 +104,16 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     if runs is not None:
         most = min(most, math.ceil(runs / count))  # so that every engine has some
     yardsticks = heaviest(examples(agenda.recipe, agenda.plan)) if wanted.pack == "auto" and most > 1 else {}
+    stopping = agenda.recipe.stopping
+    halving = stopping is not None and stopping.rule == "halving"
+    # Those that wait for each other have a lease all the same; how many train is the engines' own affair.
+    waiting = len(agenda.plan.runs) if halving else 0
     make = ray.remote(Engine).options(
         # Ray starts an engine that dies anew, on another node where its own is lost.
         num_cpus=1,
         num_gpus=capacity.gpus_per_engine,
         max_restarts=-1,
-        max_concurrency=2 * count * most + 4,
+        max_concurrency=2 * max(count * most, waiting) + 4,
     )
     engines = {
         f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
@@ -115,16 +121,18 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     }
     slots = _measured(engines, yardsticks, agenda, display) if yardsticks else most
     concurrent = count * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
-    stopping = agenda.recipe.stopping
-    make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * count * slots + 4)
-    host = make_host.remote(engines, capacity=slots)
+    concurrent = max(concurrent, waiting)
+    make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)
+    host = make_host.remote(engines, capacity=max(slots, waiting), halving=_halving(agenda) if halving else None)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
             tune_config=tune.TuneConfig(
                 search_alg=_Source(agenda, display),
                 num_samples=-1,  # until the source says that it is over
-                scheduler=stopping and scheduler(stopping, examples(agenda.recipe, agenda.plan)),
+                scheduler=None
+                if stopping is None or halving
+                else scheduler(stopping, examples(agenda.recipe, agenda.plan)),
                 max_concurrent_trials=concurrent,
             ),
             run_config=tune.RunConfig(
@@ -176,6 +184,26 @@ def _measured(
     agenda.sweep.write_text(names.PACKING, text + "\n")
     # Where one run fills the device, a second one trains while the first is being judged.
     return max([2, *(packing.runs for packing in packings.values())])
+
+
+def _halving(agenda: Agenda) -> Callable[[], Halving]:
+    """Makes the halving of the grid's runs, with what is known of those that ran before."""
+    rule, runs = agenda.recipe.stopping, agenda.plan.runs
+    assert rule is not None
+    longest = max(run.total_steps for run in runs)
+    known = {run.run_key: agenda.known[run.run_key] for run in runs if run.run_key in agenda.known}
+    return functools.partial(
+        Halving,
+        {
+            run.run_key: rung_steps(run.evaluate_at, longest=longest, grace=rule.grace, reduction=rule.reduction)
+            for run in runs
+        },
+        metric=rule.metric,
+        reduction=rule.reduction,
+        direction=rule.direction,
+        known={key: agenda.sweep.history(run.info.run_id, rule.metric) for key, run in known.items()},
+        over=[key for key, run in known.items() if is_over(run)],
+    )
 
 
 class _Unsaved:

@@ -10,7 +10,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from ray.air.execution.resources.request import ResourceRequest
 from ray.tune.execution import tune_controller
 
 from sweeps.fleet import Fleet
+from sweeps.halving import Halving
 from sweeps.lease import Job, Report
 from sweeps.throughput import Work
 
@@ -42,7 +43,9 @@ class Trial(tune.Trainable):
     """
 
     fleet: Fleet
-    """Of the process that all trials share; set by their host."""
+    halving: Halving | None = None
+    """None where runs do not wait for each other. Both are of the process that all trials share, and set by their host.
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the job; a slot is leased at the first step."""
@@ -50,10 +53,29 @@ class Trial(tune.Trainable):
         self.leased: tuple[str, Any] | None = None
         self.ended = False
         self.deaths = 0
+        self.last: Mapping[str, float] = {}
 
     def step(self) -> dict[str, Any]:
-        """Ask the engine for the run's next report. Raises ``RuntimeError`` when engines die under it too often."""
-        report = self._report()
+        """Ask the engine for the run's next report, once it may go on; one that may not reports an end without status.
+
+        Raises ``RuntimeError`` when engines die under it too often.
+        """
+        run_key = self.job.run.run_key
+        if self.halving is not None and not self.halving.may_go_on(run_key):
+            return {**self.last, "done": True}
+        try:
+            report = self._report()
+        except Exception:
+            if self.halving is not None:
+                self.halving.left(run_key)
+            raise
+        self.last = report.metrics
+        if self.halving is not None:
+            # Trained alone, it would keep the device from those it waits for, so that no one waits for it either.
+            if report.ending is not None or report.note is not None:
+                self.halving.left(run_key)
+            else:
+                self.halving.came(run_key, report.steps, report.metrics.get(self.halving.metric))
         if report.ending is None:
             return {**report.metrics, "steps": report.steps, "tokens": report.tokens, NOTE: report.note}
         self.ended = True
@@ -87,17 +109,23 @@ class Trial(tune.Trainable):
 
 
 class TrialHost:
-    """The process that all trials share, with the leases of the engines' slots. Made as a Ray actor with threads."""
+    """The process that all trials share, with the leases of the engines' slots. Made as a Ray actor with threads.
 
-    def __init__(self, engines: Mapping[str, Any], *, capacity: int) -> None:
+    ``halving`` makes, in that process, what lets runs wait for each other; None where they do not.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Any], *, capacity: int, halving: Callable[[], Halving] | None = None
+    ) -> None:
         self.fleet = Fleet(engines, capacity=capacity)
+        self.halving = halving() if halving else None
         self.trials: dict[int, tune.Trainable] = {}
         self.lock = threading.Lock()
 
     def create(self, place: int, trainable: dict[str, Any]) -> None:
         """Make a trial from what Tune would give its process."""
         trial = Trial(**trainable)
-        trial.fleet = self.fleet
+        trial.fleet, trial.halving = self.fleet, self.halving
         with self.lock:
             self.trials[place] = trial
 

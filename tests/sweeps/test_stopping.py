@@ -1,6 +1,8 @@
 """Early stopping: what each rule says of results made by hand, and in whole sweeps, of runs whose order is known
 beforehand: some learn, some can't."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -151,3 +153,35 @@ def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
     assert {run.info.run_id: run.info.status for run in sweep.runs().values()} == {
         run.info.run_id: run.info.status for run in runs.values()
     }
+
+
+@pytest.mark.slow
+def test_halving_lets_the_best_third_of_all_go_on_also_after_a_kill(make_sweep: Callable[[], "Sweep"]) -> None:
+    """Six runs in two slots wait for each other at step 3, whoever came first; two are left, the best there."""
+    sweep = make_sweep()
+    rates = "1.0e-9, 2.0e-3, 1.0e-8, 1.0e-3, 1.0e-7, 3.0e-4"
+    sweep.recipe = (
+        RECIPE.replace("RULE", "halving")
+        .replace("GRID", f"optimizer.learning_rate: [{rates}]")
+        .replace("reduction: 2", "reduction: 3")
+        .replace("max_concurrent: 1", "pack: 2")
+    )
+    process = sweep.start("--no-report")
+    sweep.wait_for_a_state()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+
+    process = sweep.start("--no-report")
+    stdout, stderr = process.communicate(timeout=200)
+    assert (process.returncode, stderr) == (0, ""), stdout
+    assert "2 of 6 runs finished, 4 stopped early" in stdout.splitlines()
+    runs = {float(run.data.params["learning_rate"]): run for run in sweep.runs().values()}
+    at_rung = {rate: dict(sweep.history(run, names.HELDOUT_LOSS))[RUNG] for rate, run in runs.items()}
+    assert {rate for rate, run in runs.items() if run.info.status == "FINISHED"} == set(
+        sorted(at_rung, key=lambda rate: at_rung[rate])[:2]
+    )
+    for rate, run in runs.items():
+        finished = run.info.status == "FINISHED"
+        assert run.data.tags.get(names.STOPPED) == (None if finished else "halving"), rate
+        last = STEPS if finished else RUNG
+        assert [step for step, _ in sweep.history(run, names.TRAIN_LOSS)] == list(range(1, last + 1))
