@@ -35,7 +35,8 @@ class ResourceSpec(Spec):
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Runs packed together on a device; ``auto`` measures how many are worth it, one included."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Runs in work at once; ``auto`` is ``pack`` for each GPU, or each CPU core where there is none."""
+    """Runs in work at once, those that are being judged among them; ``auto`` is twice ``pack`` for each GPU, or for
+    each CPU core where there is none."""
 
 
 class StoppingSpec(Spec):

@@ -113,17 +113,19 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         num_cpus=1,
         num_gpus=capacity.gpus_per_engine,
         max_restarts=-1,
-        max_concurrency=2 * max(count * most, waiting) + 4,
+        max_concurrency=2 * max(2 * count * most, waiting) + 4,
     )
     engines = {
         f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
         for number in range(count)
     }
-    slots = _measured(engines, yardsticks, agenda, display) if yardsticks else most
-    concurrent = count * slots if wanted.max_concurrent == "auto" else wanted.max_concurrent
-    concurrent = max(concurrent, waiting)
+    packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
+    # While one half is being judged, the other trains: with no more runs than are packed, an engine that had brought
+    # them to an evaluation point idled for a third of a micro sweep's time.
+    leases = 2 * packed
+    concurrent = max(count * leases if wanted.max_concurrent == "auto" else wanted.max_concurrent, waiting)
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)
-    host = make_host.remote(engines, capacity=max(slots, waiting), halving=_halving(agenda) if halving else None)
+    host = make_host.remote(engines, capacity=max(leases, waiting), halving=_halving(agenda) if halving else None)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
@@ -176,14 +178,13 @@ MOST_PACKED = 32
 def _measured(
     engines: Mapping[str, Any], yardsticks: Mapping[tuple[str, str], PlannedRun], agenda: Agenda, display: Display
 ) -> int:
-    """How many slots an engine needs for what is worth packing; the measurements are said and kept."""
+    """How many runs it is worth packing on an engine; the measurements are said and kept."""
     packings = measured(engines, yardsticks)
     for base, packing in packings.items():
         display.note(f"{base}: {packing}")
     text = json.dumps({base: asdict(packing) for base, packing in packings.items()}, indent=2)
     agenda.sweep.write_text(names.PACKING, text + "\n")
-    # Where one run fills the device, a second one trains while the first is being judged.
-    return max([2, *(packing.runs for packing in packings.values())])
+    return max((packing.runs for packing in packings.values()), default=1)
 
 
 def _halving(agenda: Agenda) -> Callable[[], Halving]:
