@@ -112,10 +112,7 @@ class SweepLog:
         store = client(uri)
         location = (artifacts / name).resolve().as_uri() if artifacts and not uri.startswith("http") else None
         try:
-            # The kind opens MLflow's pages for training instead of those for chat applications.
-            experiment_id = store.create_experiment(
-                name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}
-            )
+            experiment_id = store.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
