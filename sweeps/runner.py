@@ -120,8 +120,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         for number in range(count)
     }
     packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
-    # While one half is being judged, the other trains: with no more runs than are packed, an engine that had brought
-    # them to an evaluation point idled for a third of a micro sweep's time.
+    # While one half is being judged and Tune makes up its mind, the other trains.
     leases = 2 * packed
     concurrent = max(count * leases if wanted.max_concurrent == "auto" else wanted.max_concurrent, waiting)
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)

@@ -33,8 +33,9 @@ def test_the_example_gives_the_gap_the_verdict_and_a_figure(
             )
     monkeypatch.chdir(tmp_path)
     exec(compile(example, str(README), "exec"), {})
-    gap, answer, *pairs = capsys.readouterr().out.splitlines()
+    gap, outcome, answer, *pairs = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"-?\d+\.\d+ (linear|cosine) \d (linear|cosine) \d", gap)
+    assert outcome in {"Found.", "Not found.", "Can't tell."}
     assert "On broad (micro-llama, micro-garden-bad): The pair with the largest gap" in answer
     assert "better" in pairs[0]
     assert "plotly" in (tmp_path / "plane.html").read_text(encoding="utf-8")
