@@ -156,8 +156,9 @@ class RunRecord:
         earlier = [self._weights(point) for point in self.run.evaluate_at if point < step]
         if earlier and earlier[-1].exists():
             metrics[names.ADAPTER_TURN] = angle(load_update(earlier[-1]), update)
-        # An update that is still zero has a norm, but no rank and no direction.
-        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+        # An update that is still zero has a norm, but no rank and no direction. The last bits of the others depend on
+        # how tensors lie in memory; a run that was cut off is to have the same metrics as one that was not.
+        return {name: float(f"{value:.9g}") for name, value in metrics.items() if not math.isnan(value)}
 
     def finish(self, seconds: Mapping[str, float]) -> Ending:
         """Record what is known only at the end: sums over the run, its weights, all its responses, the time it took."""
