@@ -43,6 +43,9 @@ from emtrain.lookup import nearest
 
 log = logging.getLogger(__name__)
 
+# It logs the traceback of an error of the database that it raises, too.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 BATCH = 500
