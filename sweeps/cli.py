@@ -81,6 +81,12 @@ def _explained() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("stopped")
         raise SystemExit(130) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):  # which is not imported to say --help
+            raise
+        reason = str(error).splitlines()[0]
+        err.print(f"[red]error:[/] MLflow: {literal(reason)}; what is finished is kept", highlight=False)
+        raise SystemExit(1) from None
 
 
 @app.command()
