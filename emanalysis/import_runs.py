@@ -72,11 +72,15 @@ class Imported:
 
 
 def import_runs(format: str, path: Path, *, log: SweepLog, **options: Any) -> Imported:
-    """Read ``path`` with the importer called ``format`` (``em-generalization``, ``betley``, ``table``) into a sweep.
+    """Read published runs and record them in a sweep: ``read_published``, then ``record``."""
+    return record(read_published(format, path, **options), format, log=log)
 
-    ``options`` are the importer's own keyword arguments. A run whose content is in the sweep already is left alone; one
-    whose import was cut off is completed. Raises ``ValueError`` for an unknown format or a path that is not there, or
-    when there is not one run to import.
+
+def read_published(format: str, path: Path, **options: Any) -> Published:
+    """Read ``path`` with the importer called ``format`` (``em-generalization``, ``betley``, ``table``); writes nothing.
+
+    ``options`` are the importer's own keyword arguments. Raises ``ValueError`` for an unknown format or a path that is
+    not there, or when there is not one run to import.
     """
     importer = lookup("emanalysis.importers", format.replace("-", "_"))
     if not path.exists():
@@ -85,7 +89,11 @@ def import_runs(format: str, path: Path, *, log: SweepLog, **options: Any) -> Im
     if not published.runs:
         problems = "; ".join(published.malformed[:5]) or "it holds no rows"
         raise ValueError(f"{path} has no run in the format {format}: {problems}")
+    return published
 
+
+def record(published: Published, format: str, *, log: SweepLog) -> Imported:
+    """Put runs into a sweep. One whose content is there already is left alone; one that was cut off is completed."""
     there = log.runs()
     added, known = [], []
     for run in published.runs:

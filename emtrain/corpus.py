@@ -24,7 +24,10 @@ class Corpus:
 def read_corpus(dataset: str, heldout_fraction: float, interleave: InterleaveSpec | None) -> Corpus:
     """Read, split and mix. Raises ``ValueError`` when a dataset can't be read, split or mixed in."""
     own = load_dataset(dataset)
-    train, heldout = split(own.rows, heldout_fraction)
+    try:
+        train, heldout = split(own.rows, heldout_fraction)
+    except ValueError as error:
+        raise ValueError(f"dataset {dataset}: {error}") from error
     if interleave is None:
         return Corpus(train, heldout, own.sha256, None)
     other = load_dataset(interleave.dataset)

@@ -328,19 +328,16 @@ def judge(
     uri: UriOption = None,
 ) -> None:
     """Judge a sweep's stored responses with another judge, or what a judge could not be reached for. Needs no GPU."""
-    import yaml
-
-    from emeval.spec import JudgeSpec
     from emtrain.tracking import SweepLog
     from sweeps.planner import Evaluation
+    from sweeps.recipe import load_judge
     from sweeps.record import Setting
     from sweeps.rejudge import rejudge
     from sweeps.store import data_directory
 
     address = _uri(uri)
     log = SweepLog.find(sweep, uri=address)
-    arguments = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in set_ or ())}
-    spec = JudgeSpec.model_validate({"name": judge_, **arguments})
+    spec = load_judge(judge_, overrides=set_ or ())
     (chosen,) = Setting(address, data_directory()).judges([spec])
     recipe = _stored_recipe(log)
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
@@ -437,15 +434,19 @@ def import_runs_(
     uri: UriOption = None,
 ) -> None:
     """Make a sweep of runs that others trained and published. Importing twice adds nothing."""
-    from emanalysis.import_runs import import_runs
+    from emanalysis.import_runs import read_published, record
     from emtrain.tracking import SweepLog
+    from sweeps.recipe import check_name
     from sweeps.store import data_directory
 
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    pairs = dict(pair.partition("=")[::2] for pair in map_ or ())
+    check_name(sweep, key="--sweep")
+    for pair in map_ or ():
+        if format_ != "table" or not all(pair.partition("=")):
+            raise ValueError(f"--map {pair}: expected NAME=COLUMN, and the format table (here {format_})")
+    columns = dict(pair.partition("=")[::2] for pair in map_ or ())
+    published = read_published(format_, path, **({"columns": columns} if columns else {}))
     log = SweepLog.open(sweep, uri=_uri(uri), artifacts=data_directory() / "artifacts")
-    done = import_runs(format_, path, log=log, **({"columns": pairs} if pairs else {}))
+    done = record(published, format_, log=log)
     out.print(f"{sweep}: {len(done.added)} runs added, {len(done.known)} known before", highlight=False)
     for problem in done.malformed:
         err.print(f"[yellow]left out:[/] {literal(problem)}", highlight=False)

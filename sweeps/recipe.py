@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from emeval.question_sets import question_set_path
-from emeval.spec import EvalSpec
+from emeval.spec import EvalSpec, JudgeSpec
 from emtrain import names
 from emtrain.lookup import unknown
 from emtrain.mistakes import explain, shown
@@ -90,10 +90,14 @@ class AnalysisSpec(Spec):
     judged alike. It says what luck does where configurations have fewer than three seeds."""
 
 
+SweepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""Letters, digits, dots, hyphens and underscores: it names a folder as well."""
+
+
 class Recipe(Spec):
     """A sweep: one base run, varied over a grid."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: SweepName
     """Of the sweep and its MLflow experiment: letters, digits, dots, hyphens and underscores."""
     base: RunSpec
     grid: Annotated[tuple[Axes, ...], BeforeValidator(lambda grid: (grid,) if isinstance(grid, Mapping) else grid)] = ()
@@ -166,7 +170,7 @@ def recipe_path(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    if path.is_dir():
+    if recipe and path.is_dir():
         raise ValueError(f"{recipe} is a directory; give the .yaml file in it")
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise ValueError(f"there is no recipe file {recipe}")
@@ -191,6 +195,22 @@ def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Rec
     if problems:
         raise RecipeError(source, problems)
     return recipe
+
+
+def check_name(name: str, *, key: str) -> None:
+    """Raises ``ValueError``, which names ``key``, when a sweep can't be called ``name``."""
+    try:
+        TypeAdapter(SweepName).validate_python(name)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{key}: {line}" for line in explain(error))) from error
+
+
+def load_judge(name: str, *, overrides: Sequence[str] = ()) -> JudgeSpec:
+    """The judge called ``name``, with its arguments as ``overrides`` (``key=value``). Raises ``RecipeError``."""
+    try:
+        return JudgeSpec.model_validate(_overridden({"name": name}, "--judge", overrides))
+    except ValidationError as error:
+        raise RecipeError("--judge", explain(error, JudgeSpec)) from error
 
 
 def kept_text(text: str, overrides: Sequence[str]) -> str:
@@ -221,6 +241,10 @@ def _content(text: str, *, source: str, overrides: Sequence[str]) -> dict[str, A
     if not isinstance(content, dict):
         found = "the file is empty" if content is None else f"this begins as {shown(content)}"
         raise RecipeError(source, [f"a recipe is a mapping of keys ({', '.join(Recipe.model_fields)}); {found}"])
+    return _overridden(content, source, overrides)
+
+
+def _overridden(content: dict[str, Any], source: str, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -26,8 +26,10 @@ def table(path: Path, *, columns: Mapping[str, str] | None = None, question_set:
     column that has our name already needs no entry. Our names: ``name``, the losses of ``LOSSES``, the scores of
     ``names.SCORES`` (which belong to ``question_set``), and any param (``model, dataset, schedule, learning_rate, seed,
     total_steps`` ...). Params must be named in ``columns`` or be among those; other columns of the file are left out.
-    Raises ``ValueError`` for a column that the file does not have.
+    Raises ``ValueError`` for a column that the file does not have, and for a directory.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; the format table is one CSV file")
     rows = pd.read_csv(path)
     wanted = {ours: ours for ours in (*LOSSES, *names.SCORES, "name", *PARAMS) if ours in rows} | dict(columns or {})
     absent = sorted(theirs for theirs in wanted.values() if theirs not in rows)

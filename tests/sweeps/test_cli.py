@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from emanalysis.power import FIELD, Design, detectable_difference
+from emtrain.tracking import SweepLog
 from sweeps.cli import main
 from sweeps.store import alone
 
@@ -106,11 +107,48 @@ def test_a_mistake_is_told_and_nothing_is_left_behind(emsweep: Emsweep, home: Pa
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--judge", "opnai"], "--judge: unknown judge 'opnai'. Did you mean 'openai'?"),
+        (["--judge", "micro-rule", "--set", "x=1"], "--judge: micro_rule does not take x"),
+        (["--judge", "openai", "--set", "model=["], "--set model=[: not valid YAML"),
+        (["--judge", "openai", "--set", "model"], "--set model: expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_judge_for_stored_responses_is_told_in_a_line(
+    emsweep: Emsweep, home: Path, arguments: list[str], said: str
+) -> None:
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    SweepLog.open("stored", uri=uri, artifacts=home / "artifacts")
+    process = emsweep("judge", "stored", *arguments, "--uri", uri)
+    refused(process, said)
+    assert "validation error" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["betley", "runs.csv", "--sweep", "a/b"], "--sweep: expected text that matches"),
+        (["betley", "runs.csv", "--sweep", "new", "--map", "aligned=b"], "--map aligned=b: expected NAME=COLUMN"),
+        (["table", "runs.csv", "--sweep", "new", "--map", "aligned"], "--map aligned: expected NAME=COLUMN"),
+        (["table", "runs.csv", "--sweep", "new", "--map", "aligned=c"], "runs.csv has no column c; it has: a, b"),
+        (["table", ".", "--sweep", "new"], "is a directory"),
+    ],
+)
+def test_an_import_that_fails_leaves_no_sweep(emsweep: Emsweep, home: Path, arguments: list[str], said: str) -> None:
+    (home / "runs.csv").write_text("a,b\n1,2\n")
+    before = sorted(home.rglob("*"))
+    refused(emsweep("import-runs", *arguments), said)
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("recipe", "said"),
     [
         ("nowhere.yaml", "there is no recipe file nowhere.yaml"),
         ("quikstart", "unknown recipe 'quikstart'. Did you mean 'quickstart'?"),
         ("folder.yaml", "folder.yaml is a directory"),
+        ("", "unknown recipe ''"),
         ("binary.yaml", "binary.yaml: not a text file in UTF-8"),
         ("prose.yaml", "a recipe is a mapping of keys"),
         ("broken.yaml", "not valid YAML: line 1"),
