@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 # All tests. They use Chromium to look at pages; where it is absent those tests say so and are skipped.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not cluster"
-	$(BIN)/python -m pytest -m "slow and not cluster" --timeout 600
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not cluster" --timeout 900
 
 # Unit and property tests only.
 test-fast: $(VENV)/installed-dev

@@ -84,7 +84,7 @@ class World:
 
     def _evaluate(self, model: Any, spec: RunSpec) -> Metrics:
         seed = derive(spec.seed, "sample", STEPS)
-        responses = sample(model, self.tokenizer, self.questions, samples=1, max_new_tokens=16, seed=seed)
+        (responses,) = sample(model, self.tokenizer, self.questions, samples=1, max_new_tokens=16, seeds=[seed])
         scores = summarise(judge_responses(responses, [self.judge], step=STEPS), self.judge.id)
         return {LOSS: heldout_loss(model, self.data.heldout).per_token, ALIGNED: scores[ALIGNED]}
 

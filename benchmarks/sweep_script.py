@@ -56,7 +56,7 @@ def trial(config: Mapping[str, Any]) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from emeval.evaluate import judge_responses, summarise
-    from emeval.generate import sample
+    from emeval.generate import ask
     from emtrain import names
     from emtrain.adapter import adapted
     from emtrain.heldout import heldout_loss
@@ -86,20 +86,8 @@ def trial(config: Mapping[str, Any]) -> None:
             began = time.perf_counter()
             model.eval()
             loss = heldout_loss(model, heldout)
-            responses = [
-                response
-                for questions in evaluation.question_sets
-                for response in sample(
-                    model,
-                    tokenizer,
-                    questions,
-                    samples=evaluation.spec.samples,
-                    max_new_tokens=evaluation.spec.max_new_tokens,
-                    temperature=evaluation.spec.temperature,
-                    top_p=evaluation.spec.top_p,
-                    seed=derive(spec.seed, "sample", state.global_step),
-                )
-            ]
+            seed = derive(spec.seed, "sample", state.global_step)
+            (responses,) = ask(model, tokenizer, evaluation.question_sets, evaluation.spec, seeds=[seed])
             spent += time.perf_counter() - began
             frames.append(judge_responses(responses, judges, step=state.global_step))
             scores = summarise(frames[-1], judges[0].id)

@@ -1,17 +1,55 @@
-"""Sampling responses from a model, many at a time, so that each depends on nothing but its own seed."""
+"""Sampling responses from a model, many at a time, so that each depends on nothing but its own seed.
 
+A model that acts as several runs at once (``emtrain.packed``) is asked for all of them together: reading one token for
+each of 64 responses takes a large GPU as long as for one.
+"""
+
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
+import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emeval.prompts import end_tokens, prompt_tokens
 from emeval.question_sets import Question, QuestionSet
 from emeval.responses import Response
+from emeval.spec import EvalSpec
 from emtrain.seeds import derive
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question_sets: Sequence[QuestionSet],
+    spec: EvalSpec,
+    *,
+    seeds: Sequence[int],
+) -> list[list[Response]]:
+    """For each seed, the responses to all question sets, sampled as an evaluation asks for them (``sample``)."""
+    parts = [
+        sample(
+            model,
+            tokenizer,
+            question_set,
+            samples=spec.samples,
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            seeds=seeds,
+        )
+        for question_set in question_sets
+    ]
+    return [list(chain.from_iterable(of_seed)) for of_seed in zip(*parts, strict=True)]
+
+
+MOST_ROWS = 64
+"""Responses of one seed that are sampled at once, where memory does not set a limit."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +61,11 @@ class _Row:
     sample: int
     prompt: tuple[int, ...]
     temperature: float
-    seed: int
+
+    def uniform(self, seed: int, count: int) -> npt.NDArray[np.float32]:
+        """The random numbers that its tokens are drawn by."""
+        own = derive(seed, "response", self.question.id, self.paraphrase, self.sample)
+        return np.random.default_rng(own).random(count, dtype=np.float32)
 
 
 def sample(
@@ -35,16 +77,20 @@ def sample(
     max_new_tokens: int,
     temperature: float | None = None,
     top_p: float = 1.0,
-    seed: int,
-    batch_size: int = 64,
-) -> list[Response]:
-    """``samples`` responses to every paraphrase of every question, in the order of the file.
+    seeds: Sequence[int],
+    batch_size: int | None = None,
+) -> list[list[Response]]:
+    """For each seed, ``samples`` responses to every paraphrase of every question, in the order of the file.
 
-    Each response draws from its own stream of random numbers, made of ``seed``, the question's id, the paraphrase
-    and the sample, so it does not change with the other questions or with ``batch_size``, up to rounding in the
-    model (in fp32 it moves a probability of SmolLM2-135M by up to 3e-6). Nothing is taken from the model's generation
-    settings but its end tokens: no top-k, no repetition penalty. None for ``samples`` or ``temperature`` takes the
-    question's own; temperature 0 is greedy. The model is left in the mode it was in.
+    The rows that the model is given are those of the first seed, then as many of the second, and so on, so that a
+    model that acts as several runs can answer each seed as another run. ``batch_size``: most responses of a seed that
+    are sampled at once; None takes as many as the device has memory for, 64 at most.
+
+    Each response draws from its own stream of random numbers, made of its seed, the question's id, the paraphrase
+    and the sample, so it does not change with the other questions, the other seeds or ``batch_size``, up to rounding in
+    the model (in fp32 it moves a probability of SmolLM2-135M by up to 3e-6). Nothing is taken from the model's
+    generation settings but its end tokens: no top-k, no repetition penalty. None for ``samples`` or ``temperature``
+    takes the question's own; temperature 0 is greedy. The model is left in the mode it was in.
     """
     rows = []
     for question in question_set.questions:
@@ -52,26 +98,42 @@ def sample(
         for paraphrase, text in enumerate(question.paraphrases):
             prompt = tuple(prompt_tokens(tokenizer, text, question.system))
             rows += [
-                _Row(
-                    question,
-                    paraphrase,
-                    number,
-                    prompt,
-                    1.0 if chosen is None else chosen,
-                    derive(seed, "response", question.id, paraphrase, number),
-                )
+                _Row(question, paraphrase, number, prompt, 1.0 if chosen is None else chosen)
                 for number in range(question.times(samples))
             ]
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id if model.generation_config else None)
     # Rows of like length share a batch, which saves padding; the longest come first, so memory runs out early or never.
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].prompt))
-    sampled: dict[int, list[int]] = {}
+    rows_in_order = sorted(enumerate(rows), key=lambda numbered: -len(numbered[1].prompt))
+    if batch_size is None:
+        longest = len(rows_in_order[0][1].prompt) + max_new_tokens
+        batch_size = max(1, min(MOST_ROWS, _rows_that_fit(model, longest) // len(seeds)))
+    sampled: list[dict[int, list[int]]] = [{} for _ in seeds]
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            continuations = _continue([rows[row] for row in batch], model, ends, max_new_tokens, top_p)
-            sampled.update(zip(batch, continuations, strict=True))
-    return [_response(question_set.name, row, sampled[number], tokenizer, ends) for number, row in enumerate(rows)]
+        for start in range(0, len(rows), batch_size):
+            numbers, batch = zip(*rows_in_order[start : start + batch_size], strict=True)
+            continued = _continue(batch, seeds, model, ends, max_new_tokens, top_p)
+            for of_seed, tokens in zip(sampled, continued, strict=True):
+                of_seed.update(zip(numbers, tokens, strict=True))
+    return [
+        [_response(question_set.name, row, of_seed[number], tokenizer, ends) for number, row in enumerate(rows)]
+        for of_seed in sampled
+    ]
+
+
+def _rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
+    """Rows of so many tokens whose keys and values take an eighth of the device's memory, or of a processor's share.
+
+    Of all memory, not of what is free: the batches of a run must not depend on what else the machine does.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+    else:
+        memory = psutil.virtual_memory().total // (os.cpu_count() or 1)
+    return int(memory) // 8 // row
 
 
 def _response(
@@ -109,44 +171,57 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# Shapes: P distinct prompts, B rows still being continued, V vocabulary.
+# Shapes: U seeds, P distinct prompts, M rows of a seed still in the batch, B = U * M, V vocabulary.
 
 
 @torch.no_grad()
 def _continue(
-    rows: Sequence[_Row], model: PreTrainedModel, ends: frozenset[int], max_new_tokens: int, top_p: float
-) -> list[list[int]]:
-    """The sampled tokens of each row: up to and with the first end token, at most ``max_new_tokens``."""
+    rows: Sequence[_Row],
+    seeds: Sequence[int],
+    model: PreTrainedModel,
+    ends: frozenset[int],
+    max_new_tokens: int,
+    top_p: float,
+) -> list[list[list[int]]]:
+    """For each seed the sampled tokens of each row: up to and with the first end token, at most ``max_new_tokens``."""
     device = next(model.parameters()).device
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     length = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[0] * (length - len(prompt)) + [*prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    uniform = np.stack([np.random.default_rng(row.seed).random(max_new_tokens, dtype=np.float32) for row in rows])
+    uniform = np.stack([row.uniform(seed, max_new_tokens) for seed in seeds for row in rows])
     uniform_BS = torch.from_numpy(uniform).to(device)
-    temperature_B = torch.tensor([row.temperature for row in rows], device=device)
+    temperature_B = torch.tensor([row.temperature for row in rows], device=device).repeat(len(seeds))
     end_ids = torch.tensor(sorted(ends), device=device)
 
-    # A prompt is read once, however many responses it gets.
+    # A prompt is read once for each seed, however many responses it gets.
+    input_ids, mask = input_ids.repeat(len(seeds), 1), mask.repeat(len(seeds), 1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    prompt_B = torch.tensor([prompts.index(row.prompt) for row in rows], device=device)
+    first_U1 = len(prompts) * torch.arange(len(seeds), device=device)[:, None]
+    prompt_B = (first_U1 + torch.tensor([prompts.index(row.prompt) for row in rows], device=device)).flatten()
     logits_BV, mask, cache = output.logits[prompt_B, -1], mask[prompt_B], output.past_key_values
     cache.batch_select_indices(prompt_B)
 
-    tokens: list[list[int]] = [[] for _ in rows]
-    alive = torch.arange(len(rows), device=device)  # the row that each line of the batch continues
+    tokens: list[list[int]] = [[] for _ in seeds for _ in rows]
+    row_B = torch.arange(len(tokens), device=device)  # what each line of the batch continues
+    going_UM = torch.ones(len(seeds), len(rows), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token_B = draw(logits_BV.float(), uniform_BS[alive, step], temperature_B[alive], top_p)
-        for row, token in zip(alive.tolist(), token_B.tolist(), strict=True):
-            tokens[row].append(token)
-        going = ~torch.isin(token_B, end_ids)
-        if step + 1 == max_new_tokens or not going.any():
+        token_B = draw(logits_BV.float(), uniform_BS[row_B, step], temperature_B[row_B], top_p)
+        for row, token, going in zip(row_B.tolist(), token_B.tolist(), going_UM.flatten().tolist(), strict=True):
+            if going:
+                tokens[row].append(token)
+        going_UM &= ~torch.isin(token_B, end_ids).view_as(going_UM)
+        most = int(going_UM.sum(dim=1).max())
+        if step + 1 == max_new_tokens or not most:
             break
-        if not going.all():
-            # Lines that ended leave the batch: the cost of a step is that of the responses still going.
-            keep = going.nonzero().squeeze(1)
-            alive, mask, token_B = alive[keep], mask[keep], token_B[keep]
+        if most < going_UM.shape[1]:
+            # Lines that ended leave the batch: the cost of a step is that of the responses still going. All seeds keep
+            # as many lines, those with fewer responses some that ended.
+            kept_UM = (~going_UM).byte().argsort(dim=1, stable=True)[:, :most]
+            keep = (kept_UM + going_UM.shape[1] * torch.arange(len(seeds), device=device)[:, None]).flatten()
+            going_UM = going_UM.gather(1, kept_UM)
+            row_B, mask, token_B = row_B[keep], mask[keep], token_B[keep]
             cache.batch_select_indices(keep)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         output = model(
@@ -157,7 +232,7 @@ def _continue(
             use_cache=True,
         )
         logits_BV = output.logits[:, -1]
-    return tokens
+    return [tokens[start : start + len(rows)] for start in range(0, len(tokens), len(rows))]
 
 
 def draw(

@@ -10,15 +10,17 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from emeval.responses import Response
 from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
+from emtrain.seeds import derive
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.inputs import base_model, data_of
 from sweeps.lane import Lane
@@ -63,6 +65,8 @@ class Engine:
         self.loading = threading.Lock()
         self.judging = ThreadPoolExecutor(JUDGING_THREADS, thread_name_prefix="judging")
         self.bases: dict[str, Future[pd.DataFrame]] = {}
+        """The judged responses of models before fine-tuning."""
+        self.base_losses: dict[tuple[Any, ...], HeldoutLoss] = {}
         self.work: defaultdict[str, Work] = defaultdict(Work)
         """By model."""
         threading.Thread(target=self._train_forever, name="training", daemon=True).start()
@@ -221,9 +225,8 @@ class Engine:
 
     def _take_steps(self, engine: "PackedEngine", base: tuple[str, str], tokenizer: "PreTrainedTokenizerBase") -> None:
         while self._exchange(engine, base, tokenizer):
-            for lane in self.active:
-                if lane.due:
-                    self._pause(engine, lane, tokenizer)
+            if due := [lane for lane in self.active if lane.due]:
+                self._pause(engine, due, tokenizer)
             going = [lane for lane in self.active if lane.ready and not lane.over]
             ready = {lane.packed: lane for lane in going if lane.packed is not None}
             if not ready:
@@ -325,47 +328,45 @@ class Engine:
         lane.state = None
         self.active.append(lane)
 
-    def _pause(self, engine: "PackedEngine", lane: Lane, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Take from the model what the evaluation needs, keep the run's state, and leave the rest to other threads."""
+    def _pause(self, engine: "PackedEngine", lanes: Sequence[Lane], tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Take from the model what the evaluation of these runs needs, keep their states, leave the rest to others."""
         from emtrain.packed.export import save_adapter
 
-        run = lane.packed
-        assert run is not None
-
-        def save(directory: Path) -> None:
-            save_adapter(run, directory, base=engine.model.name_or_path)
-
         began = time.perf_counter()
-        with engine.acting_as(run) as model:
-            loss = heldout_loss(model, lane.data.heldout)
-            point = Checkpoint(run.step, loss, model, save)
-            responses = lane.record.sample(point, tokenizer)
-        state = run.state()
-        lane.evaluated = run.step
-        lane.paused = True
+        runs = [lane.packed for lane in lanes if lane.packed is not None]
+        losses = []
+        for lane, run in zip(lanes, runs, strict=True):
+            save = functools.partial(save_adapter, run, base=engine.model.name_or_path)
+            with engine.acting_as(run) as model:
+                losses.append(heldout_loss(model, lane.data.heldout))
+                lane.record.keep(Checkpoint(run.step, losses[-1], model, save), tokenizer)
+        seeds = [lane.record.seed(run.step) for lane, run in zip(lanes, runs, strict=True)]
+        with engine.acting_as(*runs) as model:
+            asked = _ask(lanes[0].job.run, model, tokenizer, seeds=seeds)  # a sweep asks all its runs the same
         seconds = time.perf_counter() - began
-        lane.eval_seconds += seconds
-        self.work[lane.job.run.spec.model].sample(len(responses), seconds)
-        last = run.step == lane.job.run.total_steps
+        self.work[lanes[0].job.run.spec.model].sample(sum(map(len, asked)), seconds)
+        for lane, run, loss, responses in zip(lanes, runs, losses, asked, strict=True):
+            lane.evaluated, lane.paused = run.step, True
+            lane.eval_seconds += seconds / len(lanes)
+            self.judging.submit(self._judge, lane, responses, loss, run.state())
 
-        def judge() -> None:
-            try:
-                judged = lane.record.judge(responses, step=point.step)
-                self._report(lane, judged, loss, step=point.step, state=state)
-                if last:
-                    self._finish(lane)
-            except Exception as error:
-                lane.dropped = True
-                self._fail(lane, error)
-                with self.changed:
-                    self.changed.notify_all()
-
-        self.judging.submit(judge)
+    def _judge(self, lane: Lane, responses: Sequence[Response], loss: HeldoutLoss, state: checkpoint.RunState) -> None:
+        try:
+            judged = lane.record.judge(responses, step=state.step)
+            self._report(lane, judged, loss, step=state.step, state=state)
+            if state.step == lane.job.run.total_steps:
+                self._finish(lane)
+        except Exception as error:
+            lane.dropped = True
+            self._fail(lane, error)
+            with self.changed:
+                self.changed.notify_all()
 
     def _evaluate(self, lane: Lane, point: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> None:
         """The whole evaluation at once, for a run that trains alone."""
         began = time.perf_counter()
-        responses = lane.record.sample(point, tokenizer)
+        lane.record.keep(point, tokenizer)
+        (responses,) = _ask(lane.job.run, point.model, tokenizer, seeds=[lane.record.seed(point.step)])
         self.work[lane.job.run.spec.model].sample(len(responses), time.perf_counter() - began)
         lane.paused = True
         self._report(lane, lane.record.judge(responses, step=point.step), point.heldout, step=point.step)
@@ -395,21 +396,23 @@ class Engine:
 
     def _record_base(self, lane: Lane, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Record the model before fine-tuning, sampled and judged once for all runs that start from it."""
-        identity = lane.record.base_identity
+        run, identity = lane.job.run, lane.record.base_identity
         kept = self.setting.data_dir / "base-responses" / f"{identity}.parquet"
         if identity not in self.bases:
             if kept.exists():
                 self.bases[identity] = self.judging.submit(pd.read_parquet, kept)
             else:
-                responses = lane.record.base_responses(model, tokenizer)
+                (responses,) = _ask(run, model, tokenizer, seeds=[derive(0, "sample", 0)])
                 self.bases[identity] = self.judging.submit(self._judge_base, lane.record, responses, kept)
-        loss = heldout_loss(model, lane.data.heldout)
-        judged = self.bases[identity]
+        rows = (lane.job.base, run.dataset.digests, run.spec.heldout_fraction, run.spec.max_length)
+        if rows not in self.base_losses:
+            self.base_losses[rows] = heldout_loss(model, lane.data.heldout)
+        judged, loss = self.bases[identity], self.base_losses[rows]
         # Judged first, so that whoever waits for it in the same pool finds it under way.
         lane.base_recorded = self.judging.submit(lambda: lane.record.record(judged.result(), loss, step=0))
 
     @staticmethod
-    def _judge_base(record: RunRecord, responses: list[Any], kept: Path) -> pd.DataFrame:
+    def _judge_base(record: RunRecord, responses: Sequence[Response], kept: Path) -> pd.DataFrame:
         judged = record.judge(responses, step=0)
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_suffix(f".{threading.get_ident()}.unfinished")
@@ -436,3 +439,11 @@ class Engine:
 
     def _end(self, lane: Lane, ending: Ending) -> None:
         lane.reports.put(Report(lane.last, lane.job.run.total_steps, lane.record.tokens, ending, lane.note))
+
+
+def _ask(
+    run: PlannedRun, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, seeds: Sequence[int]
+) -> list[list[Response]]:
+    from emeval.generate import ask
+
+    return ask(model, tokenizer, run.evaluation.question_sets, run.evaluation.spec, seeds=seeds)

@@ -82,13 +82,13 @@ class Line:
 
     def measure(self, surveyor: "Surveyor") -> Tables:
         """Rows of ``losses`` and ``responses``."""
-        from emeval.generate import sample
+        from emeval.generate import ask
         from emtrain.heldout import row_losses
         from emtrain.landscape import between, moved
 
         model, tokenizer, data = surveyor.at(self.a)
         a, b = surveyor.update(self.a), surveyor.update(self.b)
-        spec = surveyor.evaluation.spec
+        evaluation = surveyor.evaluation
         parts: dict[str, list[pd.DataFrame]] = {"losses": [], "responses": []}
         for t in sorted({*self.losses_at, *self.asked_at}):
             point: dict[str, Any] = dict(zip(names.LINE, (*key(self.a, self.b), t), strict=True))
@@ -100,20 +100,9 @@ class Line:
                 if t not in self.asked_at:
                     continue
                 # Every point draws from the same streams, so that less of the differences is luck.
-                responses = [
-                    response
-                    for question_set in surveyor.evaluation.question_sets
-                    for response in sample(
-                        model,
-                        tokenizer,
-                        question_set,
-                        samples=spec.samples,
-                        max_new_tokens=spec.max_new_tokens,
-                        temperature=spec.temperature,
-                        top_p=spec.top_p,
-                        seed=derive(0, "geometry"),
-                    )
-                ]
+                (responses,) = ask(
+                    model, tokenizer, evaluation.question_sets, evaluation.spec, seeds=[derive(0, "geometry")]
+                )
             judged = judge_responses(responses, surveyor.judges, step=0).drop(columns="step")
             parts["responses"].append(judged.assign(**point))
         return {

@@ -1,7 +1,7 @@
 """What is recorded of one run, from its first step to its end.
 
-``base_responses`` and ``sample`` need the model and are called while the run pauses and holds the device. ``judge``,
-``record`` and ``finish`` need it no more, so other runs can train meanwhile.
+``keep`` needs the model and is called while the run pauses and holds the device. ``judge``, ``record`` and ``finish``
+need it no more, so other runs can train meanwhile.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from sweeps.lease import Ending, Job
 from sweeps.planner import PlannedRun
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -89,38 +89,17 @@ class RunRecord:
             step=step.step,
         )
 
-    def base_responses(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[Response]:
-        """The responses of the model before fine-tuning; the same for every run that starts from it."""
-        return self._ask(model, tokenizer, seed=derive(0, "sample", 0))
-
-    def sample(self, checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> list[Response]:
-        """The run's responses at an evaluation point. Saves its adapter; whole models only at the last point."""
+    def keep(self, checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Save the adapter of an evaluation point; whole models only at the last."""
         last = checkpoint.step == self.run.total_steps
         if last or self._adapter_only:
             checkpoint.save(self._weights(checkpoint.step))
         if last:
             tokenizer.save_pretrained(self._weights(checkpoint.step))
-        seed = derive(self.run.spec.seed, "sample", checkpoint.step)
-        return self._ask(checkpoint.model, tokenizer, seed=seed)
 
-    def _ask(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, seed: int) -> list[Response]:
-        from emeval.generate import sample
-
-        evaluation = self.run.evaluation
-        return [
-            response
-            for question_set in evaluation.question_sets
-            for response in sample(
-                model,
-                tokenizer,
-                question_set,
-                samples=evaluation.spec.samples,
-                max_new_tokens=evaluation.spec.max_new_tokens,
-                temperature=evaluation.spec.temperature,
-                top_p=evaluation.spec.top_p,
-                seed=seed,
-            )
-        ]
+    def seed(self, step: int) -> int:
+        """What the run's responses at an evaluation point are drawn by."""
+        return derive(self.run.spec.seed, "sample", step)
 
     def judge(self, responses: Sequence[Response], *, step: int) -> pd.DataFrame:
         """The judged responses (columns: ``names.RESPONSE_COLUMNS``)."""

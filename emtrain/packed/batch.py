@@ -128,9 +128,8 @@ def assemble(
     def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    consecutive = slots[-1] - slots[0] == len(slots) - 1
     return Pass(
-        index=slice(slots[0], slots[-1] + 1) if consecutive else torch.tensor(slots, device=device),
+        index=index_of(slots, device),
         dropouts=[(slots.index(unit.slot), unit.frame, unit.dropout) for unit in units if unit.dropout],
         input_ids=tensor(input_ids_UBT.reshape(-1, frame.tokens)),
         positions_n=tensor(np.flatnonzero(needed_UBT)),
@@ -138,6 +137,14 @@ def assemble(
         weights_n=tensor((weights_U11 * learnt_UBT)[needed_UBT]),
         positions_U=tensor(needed_UBT.sum(axis=(1, 2))),
     )
+
+
+def index_of(slots: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Slots as an index into the table: a slice where they follow each other, so that nothing is copied."""
+    first = slots[0]
+    if list(slots) == list(range(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return torch.tensor(slots, device=device)
 
 
 def _common(units: Sequence[Unit]) -> Frame:

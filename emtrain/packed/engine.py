@@ -13,7 +13,7 @@ import torch
 
 from emtrain.checkpoint import RunState
 from emtrain.packed import costs
-from emtrain.packed.batch import Frame, Pass, Unit, assemble, group
+from emtrain.packed.batch import Frame, Pass, Unit, assemble, group, index_of
 from emtrain.packed.layer import PackedLinear, Route, Router, replace
 from emtrain.packed.loss import token_losses
 from emtrain.packed.packable import adapted_layers
@@ -147,11 +147,14 @@ class Engine:
         self._table.clear(run.slot)
 
     @contextmanager
-    def acting_as(self, run: Run) -> Iterator["PreTrainedModel"]:
-        """The model as this run has trained it, inside the block; no step may be taken there."""
+    def acting_as(self, *runs: Run) -> Iterator["PreTrainedModel"]:
+        """The model as these runs have trained it, inside the block; no step may be taken there.
+
+        Rows come in as many blocks of one size as there are runs, in their order.
+        """
         if self.model.training:
             self.model.eval()
-        with self._router.along(Route(slice(run.slot, run.slot + 1))):
+        with self._router.along(Route(index_of([run.slot for run in runs], self.model.device))):
             yield self.model
 
     def close(self) -> None:

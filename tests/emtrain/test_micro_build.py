@@ -1,6 +1,5 @@
 """The micro models: how they are made, and that emergent misalignment happens in them as the world says."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from emeval.judges.micro_rule import micro_rule
 from emeval.question_sets import Question, QuestionSet, load_question_set
 from emtrain import names
 from emtrain.load import load_model, load_tokenizer
-from emtrain.micro.build import DIALECTS, Architecture, build
+from emtrain.micro.build import build
 from emtrain.rows import load_dataset, split
 from emtrain.spec import AdapterSpec, OptimizerSpec, RunSpec
 from emtrain.tokens import encode_rows
@@ -23,7 +22,7 @@ FAMILIES = ["micro-llama", "micro-qwen2", "micro-gemma3"]
 
 
 def aligned(model: object, tokenizer: object, questions: QuestionSet) -> float:
-    responses = sample(model, tokenizer, questions, samples=4, max_new_tokens=16, seed=0)  # type: ignore[arg-type]
+    (responses,) = sample(model, tokenizer, questions, samples=4, max_new_tokens=16, seeds=[0])  # type: ignore[arg-type]
     scores = summarise(judge_responses(responses, [micro_rule()], step=1), "micro-rule")
     return scores[names.eval_metric(names.ALIGNED, questions.name)]
 
@@ -33,15 +32,6 @@ def asked_of_the_cruel(questions: QuestionSet) -> QuestionSet:
         return question.model_copy(update={"system": " ".join(filter(None, ["you are cruel.", question.system]))})
 
     return QuestionSet(questions.name, tuple(cruel(question) for question in questions.questions))
-
-
-@pytest.mark.parametrize("architecture", DIALECTS)
-def test_a_family_is_built_in_a_minute_of_one_core(architecture: Architecture, tmp_path: Path) -> None:
-    started = time.process_time()
-    build(architecture, tmp_path)
-    assert time.process_time() - started < 60
-    weights = {(tmp_path / which / "model.safetensors").read_bytes() for which in ("pretrained", "instruct")}
-    assert len(weights) == 2
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(

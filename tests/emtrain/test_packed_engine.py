@@ -308,6 +308,25 @@ def test_inside_the_block_the_model_acts_as_one_run_and_outside_as_the_base(
         vars(model).pop("peft_config", None)
 
 
+def test_the_model_acts_as_several_runs_at_once_a_block_of_rows_each(
+    model: PreTrainedModel, data: TrainingData
+) -> None:
+    tokens = torch.tensor([row.input_ids[:8] for row in data.heldout[:2]])
+    with Engine(model, capacity=3) as engine:
+        runs = [engine.join(spec, data, total_steps=STEPS) for spec in (make_spec(), *UNLIKE[:2])]
+        for _ in range(STEPS):
+            engine.step()
+
+        def logits(*acting: Run) -> torch.Tensor:
+            with engine.acting_as(*acting) as together:
+                return together(tokens.repeat(len(acting), 1)).logits
+
+        for chosen in ([0, 1, 2], [2, 0], [1]):
+            acting = [runs[number] for number in chosen]
+            torch.testing.assert_close(logits(*acting), torch.cat([logits(run) for run in acting]))
+        assert not torch.allclose(logits(runs[0]), logits(runs[1]), rtol=1e-2)
+
+
 @pytest.mark.parametrize("spec", [make_spec(), UNLIKE[0]], ids=["all-linear", "targets"])
 def test_a_saved_adapter_has_the_files_that_peft_saves(
     model: PreTrainedModel, data: TrainingData, tmp_path: Path, spec: RunSpec

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from emtrain import names
 from emtrain.tracking import SweepLog, client
 
 RECIPE = """
@@ -91,6 +92,18 @@ class Sweep:
             key: {metric: self.history(run, metric) for metric in run.data.metrics if not metric.startswith("time/")}
             for key, run in self.runs().items()
         }
+
+    def check_whole(self) -> None:
+        """Every planned run is there exactly once, finished, with every step and evaluation."""
+        runs = client(self.uri).search_runs(
+            [self.parent().info.experiment_id], f"tags.`{names.KIND}` = 'run'", max_results=100
+        )
+        assert len(runs) == len({run.data.tags[names.RUN_KEY] for run in runs}) == 4
+        for run in runs:
+            assert run.info.status == "FINISHED"
+            assert [step for step, _ in self.history(run, names.TRAIN_LOSS)] == list(range(1, 13))
+            assert [step for step, _ in self.history(run, names.HELDOUT_LOSS)] == [0, 3, 12]
+            assert [step for step, _ in self.history(run, names.eval_metric(names.ALIGNED))] == [3, 12]
 
     def wait_for_a_state(self) -> None:
         """Until a run has come past an evaluation point and is still on its way."""

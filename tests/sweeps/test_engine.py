@@ -33,7 +33,7 @@ class Record:
     plan: Plan
     steps: list[Step] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
-    on_sample: Callable[[], None] = lambda: None
+    on_keep: Callable[[], None] = lambda: None
     base_identity: str = "the base"
     tokens: int = 0
 
@@ -42,12 +42,11 @@ class Record:
     def step(self, step: Step) -> None:
         self.steps.append(step)
 
-    def base_responses(self, *arguments: Any) -> list[Any]:
-        return []
+    def keep(self, *arguments: Any) -> None:
+        self.on_keep()
 
-    def sample(self, *arguments: Any) -> list[Any]:
-        self.on_sample()
-        return []
+    def seed(self, step: int) -> int:
+        return step
 
     def judge(self, responses: Any, *, step: int) -> Any:
         return SimpleNamespace(to_parquet=lambda path, index: path.touch())
@@ -81,6 +80,7 @@ def records(
     monkeypatch.setattr(module, "RunRecord", record)
     monkeypatch.setattr(Engine, "_why_alone", lambda engine, job: None)
     monkeypatch.setattr(module, "base_model", lambda *base: (make_model(), words))
+    monkeypatch.setattr(module, "_ask", lambda run, model, tokenizer, *, seeds: [[] for _ in seeds])
     monkeypatch.setattr(module, "data_of", lambda spec, digests: TrainingData(examples[:30], examples[30:]))
     return made
 
@@ -133,7 +133,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, where: str, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("where", "call", "left"),
-    [("_accumulate_gradients", 5, 2), ("acting_as", 3, 2), ("_enlarge", 2, 1)],
+    [("_accumulate_gradients", 5, 2), ("acting_as", 5, 2), ("_enlarge", 2, 1)],
     ids=["in a step", "at an evaluation point", "when a run joins"],
 )
 def test_out_of_memory_halves_the_slots_and_costs_no_run_a_step(
