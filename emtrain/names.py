@@ -80,6 +80,7 @@ def adapter_artifact(step: int, total_steps: int) -> str:
 RECIPE = "recipe.yaml"
 REPORT = "report"
 PACKING = "packing.json"  # base -> how many runs are packed on it, and the measured curve
+WORK = "work.json"  # what each engine did since the sweep was last started, by model, and for how many seconds
 GEOMETRY = "geometry"  # "geometry/<table>.parquet": what was measured between and around runs
 
 # Columns of responses.parquet: one row per response x judge. Scores are 0-100; None where there is none, and then

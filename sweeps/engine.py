@@ -56,6 +56,8 @@ class Engine:
         self.setting, self.capacity, self.heaviest, self.backend = setting, capacity, heaviest, backend
         self.slots: dict[tuple[str, str], int] = {}
         """Base -> how many runs train on it at once."""
+        self.pass_tokens: dict[tuple[str, str], int] = {}
+        """Base -> most tokens of a pass, where its first guess was too many."""
         self.lanes: dict[str, Lane] = {}
         self.waiting: deque[Lane] = deque()
         self.active: list[Lane] = []
@@ -207,7 +209,7 @@ class Engine:
         try:
             with self.loading:
                 model, tokenizer = base_model(*base)
-            with PackedEngine(model, capacity=self._slots(base)) as engine:
+            with PackedEngine(model, capacity=self._slots(base), most_tokens=self.pass_tokens.get(base)) as engine:
                 try:
                     self._take_steps(engine, base, tokenizer)
                 except OutOfMemoryError:
@@ -251,17 +253,25 @@ class Engine:
         return self.slots[base]
 
     def _shrink(self, engine: "PackedEngine", base: tuple[str, str]) -> bool:
-        """After running out of memory: half the slots. The runs wait for them with all that they have reached."""
+        """After running out of memory: half the slots, or half the tokens of a pass for a run alone, down to one row.
+
+        The runs wait for their slots with all that they have reached. False when there is nothing left to halve.
+        """
         import torch
 
         inside = [lane for lane in self.active if lane.packed in engine.runs and not lane.over]
-        if len(inside) < 2:
+        longest = max((len(row.input_ids) for lane in inside for row in lane.data.train), default=0)
+        if len(inside) > 1:
+            self.slots[base] = len(inside) // 2
+            log.warning("out of memory with %d runs; going on with %d at once", len(inside), self.slots[base])
+        elif inside and engine.most_tokens > longest:
+            self.slots[base], self.pass_tokens[base] = 1, max(longest, engine.most_tokens // 2)
+            log.warning("out of memory with one run; going on with %d tokens a pass", self.pass_tokens[base])
+        else:
             return False
         torch.cuda.empty_cache()
         for lane in inside:
             self._put_off(lane, engine)
-        self.slots[base] = len(inside) // 2
-        log.warning("out of memory with %d runs; going on with %d at once", len(inside), self.slots[base])
         return True
 
     def _put_off(self, lane: Lane, engine: "PackedEngine") -> None:
@@ -402,7 +412,9 @@ class Engine:
             if kept.exists():
                 self.bases[identity] = self.judging.submit(pd.read_parquet, kept)
             else:
+                began = time.perf_counter()
                 (responses,) = _ask(run, model, tokenizer, seeds=[derive(0, "sample", 0)])
+                self.work[run.spec.model].sample(len(responses), time.perf_counter() - began)
                 self.bases[identity] = self.judging.submit(self._judge_base, lane.record, responses, kept)
         rows = (lane.job.base, run.dataset.digests, run.spec.heldout_fraction, run.spec.max_length)
         if rows not in self.base_losses:

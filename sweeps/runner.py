@@ -146,16 +146,19 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             ),
         )
         tuner.fit()
-    _keep_throughput(host, agenda.recipe.name)
+    _account(host, agenda)
 
 
-def _keep_throughput(host: Any, sweep: str) -> None:
+def _account(host: Any, agenda: Agenda) -> None:
+    """Keep what the engines have done with the sweep, and how fast, for the next plan."""
     try:
         worked: list[dict[str, throughput.Work]] = ray.get(host.worked.remote())
     except ray.exceptions.RayError:
         return  # an engine was lost at the very end; the next sweep measures again
+    done = [{model: asdict(work) for model, work in works.items()} for works in worked]
+    agenda.sweep.write_text(names.WORK, json.dumps(done, indent=2) + "\n")
     for model in {model for works in worked for model in works}:
-        measured = throughput.measure([works[model] for works in worked if model in works], sweep=sweep)
+        measured = throughput.measure([works[model] for works in worked if model in works], sweep=agenda.recipe.name)
         if measured is not None:
             throughput.keep(model, measured)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from emeval.spec import EvalSpec
+from emtrain.packed.costs import CPU_TOKENS
 from emtrain.packed.engine import Engine as PackedEngine
 from emtrain.spec import RunSpec
 from emtrain.tokens import Example
@@ -118,13 +119,13 @@ def train(jobs: list[Job], tmp_path: Any, **changes: Any) -> tuple[Engine, dict[
     return engine, {job.run.run_key: reports for job, reports in zip(jobs, told, strict=True)}
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, where: str, call: int) -> None:
-    """Let the packed engine run out of memory at one call of a method."""
+def failing(monkeypatch: pytest.MonkeyPatch, where: str, call: int, last: int | None = None) -> None:
+    """Let the packed engine run out of memory at one call of a method, or from that on to the ``last``."""
     calls, original = [], getattr(PackedEngine, where)
 
     def method(engine: PackedEngine, *arguments: Any, **more: Any) -> Any:
         calls.append(arguments)
-        if len(calls) == call:
+        if call <= len(calls) <= (last or call):
             raise torch.OutOfMemoryError("no memory left")
         return original(engine, *arguments, **more)
 
@@ -159,12 +160,28 @@ def test_out_of_memory_halves_the_slots_and_costs_no_run_a_step(
 
 
 def test_a_run_that_is_too_much_by_itself_fails_and_says_so(
+    records: dict[str, Record], examples: list[Example], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "_accumulate_gradients", 2, last=1000)
+    first = job(0)
+    engine, reports = train([first], tmp_path)
+    assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no memory left")
+    longest = max(len(row.input_ids) for row in examples[:30])
+    assert set(engine.pass_tokens.values()) == {longest}
+
+
+def test_a_run_alone_goes_on_in_smaller_passes(
     records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, "_accumulate_gradients", 2)
     first = job(0)
-    _, reports = train([first], tmp_path)
-    assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no memory left")
+    train([first], tmp_path / "undisturbed")
+    expected = [step.loss for step in records.pop(first.run.run_key).steps]
+    (tmp_path / first.run.run_key / "newest.safetensors").unlink()
+    failing(monkeypatch, "_accumulate_gradients", 2, last=3)
+    engine, reports = train([first], tmp_path / "disturbed")
+    assert set(engine.pass_tokens.values()) == {CPU_TOKENS // 4}
+    assert reports[first.run.run_key][-1].ending == Ending("FINISHED")
+    assert [step.loss for step in records[first.run.run_key].steps] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_neighbour_that_diverges_fails_alone(records: dict[str, Record], tmp_path: Any) -> None:
