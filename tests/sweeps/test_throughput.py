@@ -64,7 +64,7 @@ def test_a_file_that_was_tampered_with_is_no_measurement(tmp_path: Path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["packed", "trl"])
 def test_an_engine_counts_what_it_trains_and_samples(backend: Any, tmp_path: Path) -> None:
-    """Four steps, evaluated after two and four, 32 questions each time; the tokens are those that the run reports."""
+    """Four steps, evaluated before, after two and after four, 32 questions each time; the run reports the same tokens."""
     recipe = load_recipe(RECIPE, source="r")
     (run,) = plan_sweep(recipe).runs
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -77,6 +77,6 @@ def test_an_engine_counts_what_it_trains_and_samples(backend: Any, tmp_path: Pat
     assert reports[-1].ending.status == "FINISHED"
     (work,) = engine.worked().values()
     assert work.tokens == reports[-1].tokens > 0
-    assert work.responses == 2 * 32
+    assert work.responses == 3 * 32
     assert work.training_seconds > 0
     assert work.sampling_seconds > 0
