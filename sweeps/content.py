@@ -75,7 +75,7 @@ def _pinned(model: str, recorded: str | None) -> str | None:
     found = revision_of(model)
     if recorded not in (None, found):
         raise ValueError(
-            f"model {model}: runs of this sweep started from other files ({recorded}; now {found}); bring those back, "
-            "or give the sweep another name"
+            f"model {model}: runs of this sweep started from other files ({str(recorded)[:19]}, now "
+            f"{str(found)[:19]}); bring those back, or give the sweep another name"
         )
     return found

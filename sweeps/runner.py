@@ -61,7 +61,7 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
         if revision is None and on_hub(model):
             display.note(
                 f"{model}: neither the hub nor the cache of this machine tells its commit; should the repository move "
-                "on meanwhile, runs start from different weights"
+                "on meanwhile, later runs start from other weights"
             )
     agenda.revisions, setting = revisions, replace(setting, revisions=revisions)
     connect(address)
