@@ -1,4 +1,4 @@
-"""What a sweep has to know of a Ray cluster it did not start: that somebody is there, with what, on which disk."""
+"""A Ray cluster that a sweep did not start: whether somebody is there, with what, on which disk; bringing models."""
 
 import json
 import os
