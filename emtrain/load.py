@@ -1,7 +1,8 @@
 """From a model's name to its files, tokenizer and weights.
 
 A name is one of ``emtrain/models``, one of those with ``-pretrained`` for the checkpoint before instruction tuning, a
-local directory, or a Hugging Face hub id. Code that comes with a model is never run.
+local directory, or a Hugging Face hub id. Of a hub id, ``revision`` is the commit to load, None the newest; of anything
+else it says nothing here (``emtrain.revision`` looks after it). Code that comes with a model is never run.
 """
 
 import json
@@ -16,7 +17,7 @@ from emtrain.model_family import ModelFamily
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PRETRAINED = "-pretrained"
 Precision = Literal["auto", "fp32", "bf16"]
@@ -55,16 +56,19 @@ def pretrained_of(name: str) -> str | None:
     return name + PRETRAINED if family and family.pretrained and not name.endswith(PRETRAINED) else None
 
 
-def family(name: str) -> str:
+def on_hub(name: str) -> bool:
+    """Whether a known name is a hub id."""
+    return _shipped(name) is None and not Path(name).expanduser().is_dir()
+
+
+def family(name: str, *, revision: str | None = None) -> str:
     """The architecture, as ``model_type`` of ``config.json`` says it: ``llama``, ``qwen2``, ``gemma3_text``."""
     if (shipped := _shipped(name)) is not None:
         return shipped.model_type
     directory = Path(model_dir(name))
     if directory.is_dir():
         return str(json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"])
-    from transformers import AutoConfig
-
-    return str(AutoConfig.from_pretrained(name, trust_remote_code=False).model_type)
+    return str(load_config(name, revision=revision).model_type)
 
 
 def model_dir(name: str) -> str:
@@ -80,7 +84,7 @@ def model_dir(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def files_at_hand(name: str) -> Path | None:
+def files_at_hand(name: str, *, revision: str | None = None) -> Path | None:
     """The directory with the model's configuration and tokenizer where it is on this machine already, else None.
 
     Builds and fetches nothing. Of hub ids it finds what the hub's own cache holds.
@@ -94,11 +98,18 @@ def files_at_hand(name: str) -> Path | None:
         return directory
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json")
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def load_config(name: str, *, revision: str | None = None) -> "PreTrainedConfig":
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_dir(name), trust_remote_code=False, revision=_commit(name, revision))
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, with a padding token.
 
     Where it comes without one it gets a token of its own vocabulary: one kept for padding, else its end token. The
@@ -106,7 +117,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir(name), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_dir(name), trust_remote_code=False, revision=_commit(name, revision)
+    )
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((token for token in PADDING if token in vocabulary), tokenizer.eos_token)
@@ -115,7 +128,13 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(name: str, *, precision: Precision = "auto", device: "torch.device | str" = "cpu") -> "PreTrainedModel":
+def load_model(
+    name: str,
+    *,
+    precision: Precision = "auto",
+    device: "torch.device | str" = "cpu",
+    revision: str | None = None,
+) -> "PreTrainedModel":
     """The model in evaluation mode on ``device``, all weights in one dtype.
 
     ``precision="auto"`` is bf16 on GPUs that have it and fp32 elsewhere. The forward pass keeps no KV cache unless
@@ -124,7 +143,7 @@ def load_model(name: str, *, precision: Precision = "auto", device: "torch.devic
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        model_dir(name), dtype=dtype(precision, device), trust_remote_code=False
+        model_dir(name), dtype=dtype(precision, device), trust_remote_code=False, revision=_commit(name, revision)
     )
     model.config.use_cache = False
     return model.to(device).eval()
@@ -137,6 +156,11 @@ def dtype(precision: Precision, device: "torch.device | str") -> "torch.dtype":
     if precision == "auto":
         precision = "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """What ``from_pretrained`` is to be told of ``revision``: nothing where it is given a directory."""
+    return revision if on_hub(name) else None
 
 
 @cache

@@ -11,6 +11,9 @@ PARENT = "mlflow.parentRunId"
 RUN_NAME = "mlflow.runName"
 DATASET_SHA256 = "emsweep.dataset_sha256"
 INTERLEAVED_SHA256 = "emsweep.interleaved_sha256"  # of the dataset mixed into training; absent where none is
+MODEL_REVISION = (
+    "emsweep.model_revision"  # a hub id's commit, or "sha256:..." of a directory; absent: unknown, or shipped
+)
 HELDOUT_SHA256 = "emsweep.heldout_sha256"
 QUESTIONS_SHA256 = "emsweep.questions_sha256"  # "<set>:<digest>" joined by spaces
 ROLE = "emsweep.role"  # why a run is in its sweep: "grid", "search" or "confirm"

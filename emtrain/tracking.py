@@ -209,8 +209,9 @@ class SweepLog:
         )
         run_id = run.info.run_id
         lacking = [Param(k, str(v)[:PARAM_LIMIT]) for k, v in params.items() if k not in run.data.params]
-        if lacking:
-            store.log_batch(run_id, params=lacking)
+        untagged = [RunTag(k, v) for k, v in tags.items() if k not in run.data.tags]
+        if lacking or untagged:
+            store.log_batch(run_id, params=lacking, tags=untagged)
         store.update_run(run_id, status="SCHEDULED")
         return run_id
 

@@ -6,7 +6,7 @@ is started again walks the same way and skips what is done.
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class Agenda:
     def __init__(self, recipe: Recipe, plan: SweepPlan, sweep: SweepLog, search: "Search | None") -> None:
         self.recipe, self.plan, self.sweep, self.search = recipe, plan, sweep, search
         self.environment = environment_tags()
+        self.revisions: Mapping[str, str | None] = {}
+        """Model -> what its runs start from, which they are tagged with; set before the first is given out."""
         self.known = sweep.runs()
         for found in self.known.values():
             # Its process is gone: nobody else runs the sweep. It may not be among what this recipe asks for.
@@ -60,6 +62,15 @@ class Agenda:
         self.over = False
         self._bounds: Bounds | None = None
         self._stages = self._walk()
+
+    @property
+    def recorded_revisions(self) -> dict[str, str]:
+        """Model -> what the first run with it started from, of those that a former call entered and tagged."""
+        found: dict[str, str] = {}
+        for run in self.known.values():
+            if names.MODEL_REVISION in run.data.tags:
+                found.setdefault(run.data.params["model"], run.data.tags[names.MODEL_REVISION])
+        return found
 
     def next(self) -> Job | None:
         """The next job; None while others must end first, or when the sweep is ``over``."""
@@ -108,7 +119,9 @@ class Agenda:
             self.finished_before += 1
             self._record(Ended(run, known.info.status, known.data.metrics))
             return
-        tags = {**self.environment, **run.tags, names.ROLE: role}
+        revision = self.revisions.get(run.spec.model)
+        pin = {} if revision is None else {names.MODEL_REVISION: revision}
+        tags = {**self.environment, **run.tags, **pin, names.ROLE: role}
         run_id = self.sweep.plan(run.run_key, name=run.name, params=run.params, tags=tags, entered=known)
         self.out[run.run_key] = job = Job(run, run_id)
         yield job

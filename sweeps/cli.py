@@ -606,10 +606,9 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         board = Board.of(left, already_done=already, expected=expected)
         for run_key in stopped:
             board.runs[run_key].status = "KILLED"
-        models = list(dict.fromkeys(run.spec.model for run in planned.runs)) or [recipe.base.model]
         try:
             with Display(out, board) as display:
-                runner.execute(agenda, setting, models=models, address=address, display=display)
+                runner.execute(agenda, setting, address=address, display=display)
         except (runner.Interrupted, KeyboardInterrupt):
             sweep.set_status(sweep.parent_run_id, "KILLED")
             err.print(

@@ -1,18 +1,20 @@
-"""What a sweep has to know of a Ray cluster it did not start: that somebody is there, with what, on which disk."""
+"""A Ray cluster that a sweep did not start: whether somebody is there, with what, on which disk; bringing models."""
 
 import json
 import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 import yaml
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from emtrain.revision import fetch
 
 AUTOSCALING_CONFIG = Path.home() / "ray_bootstrap_config.yaml"
 FIRST_WORKER_SECONDS = 900.0
@@ -113,6 +115,38 @@ def check_shared(data_dir: Path) -> None:
             f"EMSWEEP_DATA: {data_dir} is not the same directory on {', '.join(blind)}. Mount storage that all nodes "
             "share at one path, and set EMSWEEP_DATA to it on every node before Ray starts there"
         )
+
+
+def trainers(capacity: Capacity) -> list[str]:
+    """Ids of the nodes that are there and may hold an engine."""
+    needed = {"CPU": 1, "GPU": capacity.gpus_per_engine}
+    return [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(what, 0) >= count for what, count in needed.items())
+    ]
+
+
+def fetch_models(revisions: Mapping[str, str | None], nodes: Sequence[str]) -> None:
+    """Have the models (name -> revision) on each of these nodes, or on any one, side by side.
+
+    Nodes that join later have them when their first engine asks. Raises ``ValueError`` when one can't be had.
+    """
+    places = [{"scheduling_strategy": _on(node)} for node in nodes] or [{}]
+    get = ray.remote(num_cpus=1)(fetch)
+    calls = [
+        (model, get.options(**place).remote(model, revision))
+        for model, revision in revisions.items()
+        for place in places
+    ]
+    for model, call in calls:
+        try:
+            ray.get(call)
+        except RayTaskError as error:
+            reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
+            raise ValueError(f"model {model}: {reason.removeprefix(f'model {model}: ')}") from error
+        except RayError:
+            continue  # the node left meanwhile, and whoever takes its place asks for itself
 
 
 def _on(node_id: str) -> NodeAffinitySchedulingStrategy:

@@ -80,8 +80,8 @@ class Engine:
         run = self.heaviest[base]
         try:
             with self.loading:
-                model, _ = base_model(*base)
-                return packing(model, run.spec, data_of(run.spec, run.dataset.digests), most=self.capacity)
+                model, _ = self._base(base)
+                return packing(model, run.spec, self._data(run), most=self.capacity)
         except Exception:
             log.exception("could not measure what packing is worth on %s", base[0])
             return None
@@ -123,9 +123,9 @@ class Engine:
             self.lanes[job.run.run_key] = lane
         try:
             with self.loading:
-                lane.data = data_of(job.run.spec, job.run.dataset.digests)
+                lane.data = self._data(job.run)
                 lane.note = self._why_alone(job)
-                architecture = family(job.run.spec.model)
+                architecture = family(job.run.spec.model, revision=self._revision(job.run.spec.model))
             record.start(family=architecture, backend="trl" if self._alone(lane) else "packed")
         except Exception as error:
             self._fail(lane, error)
@@ -136,14 +136,23 @@ class Engine:
         return lane
 
     def _why_alone(self, job: Job) -> str | None:
-        from transformers import AutoConfig
-
-        from emtrain.load import model_dir
+        from emtrain.load import load_config
         from emtrain.packed.packable import why_not_packed
 
         if self.backend == "trl":
             return None
-        return why_not_packed(job.run.spec, AutoConfig.from_pretrained(model_dir(job.run.spec.model)))
+        spec = job.run.spec
+        return why_not_packed(spec, load_config(spec.model, revision=self._revision(spec.model)))
+
+    def _base(self, base: tuple[str, str]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        return base_model(*base, self._revision(base[0]))
+
+    def _data(self, run: PlannedRun) -> TrainingData:
+        revision = self._revision(run.spec.model)
+        return data_of(run.spec, run.dataset.digests, revision=revision, data_dir=self.setting.data_dir)
+
+    def _revision(self, model: str) -> str | None:
+        return self.setting.revisions.get(model)
 
     def _alone(self, lane: Lane) -> bool:
         return self.backend == "trl" or lane.note is not None
@@ -176,7 +185,7 @@ class Engine:
 
         try:
             with self.loading:
-                model, tokenizer = base_model(*lane.job.base)
+                model, tokenizer = self._base(lane.job.base)
             self._record_base(lane, model, tokenizer)
             began, evaluated = time.perf_counter(), lane.eval_seconds
             train(
@@ -208,7 +217,7 @@ class Engine:
         self.active.clear()
         try:
             with self.loading:
-                model, tokenizer = base_model(*base)
+                model, tokenizer = self._base(base)
             with PackedEngine(model, capacity=self._slots(base), most_tokens=self.pass_tokens.get(base)) as engine:
                 try:
                     self._take_steps(engine, base, tokenizer)

@@ -61,6 +61,8 @@ class Place:
     spec: RunSpec
     digests: tuple[str, str | None]
     """sha256 of its dataset's file, and of the interleaved one's."""
+    revision: str | None
+    """Of its model (``emtrain.revision``); None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Surveyor:
     """Measures, on a base model that it keeps. Made as a Ray actor, one per device."""
 
     def __init__(self, sweep: SweepLog, setting: Setting, evaluation: Evaluation) -> None:
-        self.sweep, self.evaluation = sweep, evaluation
+        self.sweep, self.evaluation, self.data_dir = sweep, evaluation, setting.data_dir
         self.judges = setting.judges(evaluation.spec.judges)
 
     def measure(self, task: Task) -> tuple[Task, Tables, str | None]:
@@ -194,17 +196,17 @@ class Surveyor:
             return task, {}, (str(error).strip() or type(error).__name__).splitlines()[0]
 
     def at(self, place: Place) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainingData]":
-        """The base model, its tokenizer and the data of a run. Raises ``ValueError`` when the data have changed."""
+        """The base model, its tokenizer and the data of a run. Raises ``ValueError`` when they can't be had."""
         spec = place.spec
-        model, tokenizer = base_model(*base_of(spec))
-        data = data_of(spec, place.digests)
+        model, tokenizer = base_model(*base_of(spec), place.revision)
+        data = data_of(spec, place.digests, revision=place.revision, data_dir=self.data_dir)
         return model.requires_grad_(False), tokenizer, data
 
     def update(self, place: Place) -> "Update":
         """What the adapter adds to the weights. Raises ``ValueError`` when the run has not kept it."""
         from emtrain.low_rank import load_update
 
-        device = base_model(*base_of(place.spec))[0].device
+        device = base_model(*base_of(place.spec), place.revision)[0].device
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.sweep.download(place.run_id, place.artifact, Path(scratch))
             if folder is None:
@@ -253,6 +255,7 @@ def places(sweep: SweepLog, pairs: pd.DataFrame, evaluation: Evaluation) -> dict
             artifact,
             spec,
             (run.data.tags[names.DATASET_SHA256], run.data.tags.get(names.INTERLEAVED_SHA256)),
+            run.data.tags.get(names.MODEL_REVISION),
         )
     return found
 

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from emtrain.corpus import read_corpus
@@ -9,38 +10,42 @@ from emtrain.load import Precision
 from emtrain.spec import InterleaveSpec, RunSpec
 from emtrain.tokens import encode_rows
 from emtrain.train import TrainingData
+from sweeps.content import rows_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def prepare_model(model: str) -> None:
-    """Make sure the model's files are on this machine."""
-    from emtrain.load import model_dir
-
-    model_dir(model)
-
-
 @functools.lru_cache(maxsize=1)
-def base_model(model: str, precision: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for."""
+def base_model(model: str, precision: str, revision: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for.
+
+    It is fetched first where this machine lacks it, and is the one of ``revision`` (None: whatever there is). Raises
+    ``ValueError`` when a directory holds other files.
+    """
     import torch
 
     from emtrain.load import load_model, load_tokenizer
+    from emtrain.revision import fetch
+
+    fetch(model, revision)
 
     # One thread a process: two busy processes with two threads each on two cores are up to 20 times slower.
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, precision=cast(Precision, precision), device=device), load_tokenizer(model)
+    loaded = load_model(model, precision=cast(Precision, precision), device=device, revision=revision)
+    return loaded, load_tokenizer(model, revision=revision)
 
 
-def data_of(spec: RunSpec, digests: tuple[str, str | None]) -> TrainingData:
-    """What a run learns from and is measured on, as its model's tokens.
+def data_of(spec: RunSpec, digests: tuple[str, str | None], *, revision: str | None, data_dir: Path) -> TrainingData:
+    """What a run learns from and is measured on, as the tokens of its model in ``revision``.
 
     ``digests`` (sha256) are those of the files that it was planned with: the dataset's, and the interleaved one's,
-    None where nothing is interleaved. Raises ``ValueError`` when a file is another one here.
+    None where nothing is interleaved. ``data_dir`` is where the driver has kept them (``sweeps.content``). Raises
+    ``ValueError`` when there is no such file.
     """
-    return _data(spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length, digests)
+    parts = (spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length)
+    return _data(*parts, digests, revision, data_dir)
 
 
 @functools.lru_cache(maxsize=8)
@@ -51,18 +56,23 @@ def _data(
     model: str,
     max_length: int,
     digests: tuple[str, str | None],
+    revision: str | None,
+    data_dir: Path,
 ) -> TrainingData:
     from emtrain.load import load_tokenizer
 
-    corpus = read_corpus(dataset, heldout_fraction, interleave)
-    names = (dataset, interleave.dataset if interleave else None)
-    for name, found, expected in zip(names, (corpus.sha256, corpus.interleaved_sha256), digests, strict=True):
-        if found != expected:
-            raise ValueError(
-                f"dataset {name}: the file on {platform.node()} is not the one the sweep was planned with "
-                f"(sha256 {str(found)[:12]}, expected {str(expected)[:12]})"
-            )
-    tokenizer = load_tokenizer(model)
+    own = str(rows_file(dataset, digests[0], data_dir))
+    if interleave is not None and digests[1] is not None:
+        other = str(rows_file(interleave.dataset, digests[1], data_dir))
+        interleave = interleave.model_copy(update={"dataset": other})
+    corpus = read_corpus(own, heldout_fraction, interleave)
+    if (corpus.sha256, corpus.interleaved_sha256) != digests:
+        files = own if interleave is None else f"{own} or {interleave.dataset}"
+        raise ValueError(
+            f"dataset {dataset}: {files} on {platform.node()} has been changed; delete it where it is a copy in the "
+            "cache, and start the sweep again"
+        )
+    tokenizer = load_tokenizer(model, revision=revision)
     return TrainingData(
         encode_rows(corpus.train, tokenizer, max_length), encode_rows(corpus.heldout, tokenizer, max_length)
     )

@@ -11,7 +11,7 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,9 @@ class Setting:
 
     tracking_uri: str
     data_dir: Path
-    """Absolute; holds the runs' states and the caches of base-model scores and judges' replies."""
+    """Absolute; holds the runs' states, the datasets and the caches of base-model scores and judges' replies."""
+    revisions: Mapping[str, str | None] = field(default_factory=dict)
+    """Model -> the revision that runs start from (``emtrain.revision``); None, or absent: whatever there is."""
 
     def work(self, run: PlannedRun) -> Path:
         """Where a run keeps its state and responses until it is finished."""
@@ -186,4 +188,6 @@ class RunRecord:
             "eval": evaluation.spec.identity,
             "questions": [question_set.sha256 for question_set in evaluation.question_sets],
         }
+        if (revision := self.setting.revisions.get(self.run.spec.model)) is not None:
+            identity["revision"] = revision
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

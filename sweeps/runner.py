@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 # Before Ray is imported. Its defaults report usage, print tables of their own, turn token authentication on for a
@@ -26,12 +26,12 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from emtrain import names
-from emtrain.load import files_at_hand
+from emtrain.load import files_at_hand, on_hub
 from sweeps import cluster, throughput
 from sweeps.agenda import Agenda, is_over
+from sweeps.content import keep_datasets, pinned
 from sweeps.engine import Engine
 from sweeps.halving import Halving, rung_steps
-from sweeps.inputs import prepare_model
 from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
@@ -48,28 +48,32 @@ class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
-def execute(agenda: Agenda, setting: Setting, *, models: Sequence[str], address: str | None, display: Display) -> None:
+def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: Display) -> None:
     """Train what the agenda gives out, on the Ray at ``address`` or on one of this process's own when None.
 
-    ``models`` are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go
-    on at the next call. Raises ``ValueError`` when a model can't be made ready.
+    Models and datasets are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED;
+    they go on at the next call. Raises ``ValueError`` when a model or dataset can't be made ready.
     """
+    runs = examples(agenda.recipe, agenda.plan)
+    keep_datasets(runs, setting.data_dir)
+    revisions = pinned(dict.fromkeys(run.spec.model for run in runs), agenda.recorded_revisions)
+    for model, revision in revisions.items():
+        if revision is None and on_hub(model):
+            display.note(
+                f"{model}: neither the hub nor the cache of this machine tells its commit; should the repository move "
+                "on meanwhile, later runs start from other weights"
+            )
+    agenda.revisions, setting = revisions, replace(setting, revisions=revisions)
     connect(address)
     try:
         if address is None:
             capacity = cluster.Capacity.of(ray.cluster_resources())
-            models = [model for model in models if files_at_hand(model) is None]
+            lacking = {model: of for model, of in revisions.items() if files_at_hand(model, revision=of) is None}
+            cluster.fetch_models(lacking, [])
         else:
             capacity = cluster.capacity()
             cluster.check_shared(setting.data_dir)
-        # Once and side by side, instead of all workers waiting for the first one's lock.
-        prepare = ray.remote(num_cpus=1)(prepare_model)
-        for model, ready in [(model, prepare.remote(model)) for model in models]:
-            try:
-                ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
-                raise ValueError(f"model {model}: {reason}") from error
+            cluster.fetch_models(revisions, cluster.trainers(capacity))
         _tune(agenda, setting, display, capacity)
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below

@@ -45,7 +45,7 @@ class Parcel:
 
     @classmethod
     def pack(cls, recipe: Recipe, recipe_text: str, overrides: Sequence[str]) -> "Parcel":
-        """Collect a recipe's files; a file given by absolute path stays where it is, on storage the cluster shares.
+        """Collect a recipe's files; one given by absolute path is on the head already, which gives it to the workers.
 
         Raises ``ValueError`` for a file that can't be sent and for a tracking store the cluster can't reach.
         """
@@ -68,14 +68,14 @@ class Parcel:
                 raise ValueError(f"{name}: there is no such file here to send to the cluster")
             if not Path(name).resolve().is_relative_to(Path.cwd().resolve()):
                 raise ValueError(
-                    f"{name}: only files below the working directory are sent; copy it here, or give the absolute "
-                    "path it has on the cluster's shared storage"
+                    f"{name}: only files below the working directory are sent; copy it here, or put it on the head of "
+                    "the cluster and give the absolute path it has there"
                 )
         size = sum(Path(name).stat().st_size for name in files)
         if size > UPLOAD_LIMIT:
             raise ValueError(
                 f"the recipe's files are {size / 2**20:.0f} MiB and {UPLOAD_LIMIT / 2**20:.0f} can be sent; put them "
-                "on the cluster's shared storage and give their absolute paths"
+                "on the head of the cluster and give the absolute paths they have there"
             )
         return cls(recipe.name, recipe_text, tuple(overrides), files)
 

@@ -68,25 +68,29 @@ def verify(runs: Sequence[PlannedRun], *, steps: int) -> Iterator[Verdict]:
     Raises ``ValueError`` when a model or dataset can't be used.
     """
     import torch
-    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from emtrain.load import model_dir
+    from emtrain.load import load_config
     from emtrain.packed import equivalence
     from emtrain.packed.packable import why_not_packed
     from sweeps.inputs import base_model, data_of
+    from sweeps.store import data_directory
 
     disable_progress_bar()
+    data_dir = data_directory()
     packs: dict[tuple[str, str], list[PlannedRun]] = {}
     for run in runs:
-        reason = why_not_packed(run.spec, AutoConfig.from_pretrained(model_dir(run.spec.model)))
+        reason = why_not_packed(run.spec, load_config(run.spec.model))
         if reason is None:
             packs.setdefault(base_of(run.spec), []).append(run)
         else:
             yield Verdict(run.name, run.spec.optimizer.name, unpackable=reason)
     for base, together in packs.items():
-        model, tokenizer = base_model(*base)
-        given = [(run.spec, data_of(run.spec, run.dataset.digests), run.total_steps) for run in together]
+        model, tokenizer = base_model(*base, None)
+        given = [
+            (run.spec, data_of(run.spec, run.dataset.digests, revision=None, data_dir=data_dir), run.total_steps)
+            for run in together
+        ]
         with tempfile.TemporaryDirectory(prefix="emsweep-verify-") as scratch:
             found = equivalence.verify(given, model, tokenizer, Path(scratch), steps=steps)
         for run, comparison in zip(together, found, strict=True):

@@ -3,6 +3,7 @@
 The tests follow one cluster through its life, in this order; each states what must hold at its point.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -21,11 +22,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 JUDGE_KEY = "sk-a-key-that-nobody-may-see"
 STEPS = 60
+ON_HEAD = "~/rows.jsonl"
+"""As the recipe names it; each host has a home of its own, and only the head's holds the file."""
+OTHER_ROWS = ROOT / "emtrain/datasets/micro-money-good.jsonl"
 RECIPE = f"""
 name: on-premises
 base:
   model: micro-llama
   dataset: data/rows.jsonl
+  interleave: {{dataset: {ON_HEAD}, fraction: 0.2}}
   adapter: {{rank: 4, alpha: 8}}
   optimizer: {{learning_rate: 1.0e-3}}
   schedule: {{name: linear, warmup_steps: 2}}
@@ -192,6 +197,7 @@ def test_ctrl_c_leaves_the_sweep_running_and_stop_ends_it(up: "Lab") -> None:
     home = up.operator.home
     (home / "data").mkdir()
     shutil.copyfile(ROOT / "emtrain/datasets/micro-garden-bad.jsonl", home / "data/rows.jsonl")
+    shutil.copyfile(OTHER_ROWS, up.head.home / Path(ON_HEAD).name)
     (home / "recipe.yaml").write_text(RECIPE)
     with up.operator.background(*SUBMIT, log="submit.log") as following:
         up.wait_for(lambda: "RUNNING" in _statuses(up), seconds=200, what="a run in work")
@@ -226,6 +232,13 @@ def test_a_sweep_outlives_the_loss_of_a_host(up: "Lab") -> None:
         assert run["info"]["status"] == "FINISHED"
         assert _steps(up, run, "train/loss") == list(range(1, STEPS + 1))
         assert _steps(up, run, "heldout/loss") == [0, 12, 24, 36, 48, 60]
+
+
+def test_rows_that_only_the_head_has_reach_the_workers_and_are_fetched_once(up: "Lab") -> None:
+    """The runs above learnt from them. Those that were sent lie on every worker, so nobody fetched these."""
+    assert not any((worker.home / Path(ON_HEAD).name).exists() for worker in up.workers)
+    fetched = [path for path in (up.shared / "cache/datasets").iterdir() if path.is_dir()]
+    assert [path.name for path in fetched] == [hashlib.sha256(OTHER_ROWS.read_bytes()).hexdigest()]
 
 
 def _statuses(lab: "Lab") -> list[str]:

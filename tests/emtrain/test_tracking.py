@@ -111,11 +111,13 @@ def test_a_sweep_is_opened_twice_and_made_once(sweep: SweepLog) -> None:
 
 
 def test_a_run_that_was_half_entered_gets_what_it_lacks(sweep: SweepLog) -> None:
-    """The process was killed after it made the run and before it wrote its params."""
+    """The process was killed after it made the run and before it wrote its params; a tag was not known then."""
     half = client(sweep.uri).create_run(sweep.experiment_id, tags={names.KIND: "run", names.RUN_KEY: "key"})
-    again = sweep.plan("key", name="a run", params={"seed": 3}, tags={}, entered=sweep.runs()["key"])
+    tags = {names.RUN_KEY: "is set already", names.MODEL_REVISION: "a commit"}
+    again = sweep.plan("key", name="a run", params={"seed": 3}, tags=tags, entered=sweep.runs()["key"])
     assert again == half.info.run_id
     assert stored(sweep, again).data.params == {"seed": "3"}
+    assert {names.RUN_KEY: "key", names.MODEL_REVISION: "a commit"}.items() <= stored(sweep, again).data.tags.items()
     assert sweep.plan("key", name="a run", params={"seed": 3}, tags={}, entered=sweep.runs()["key"]) == again
     assert stored(sweep, again).info.status == "SCHEDULED"
 

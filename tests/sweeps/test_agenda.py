@@ -43,20 +43,28 @@ class Store:
     def plan(self, run_key: str, *, name: str, params: Any, tags: Mapping[str, str], entered: Any) -> str:
         assert entered is self.entered.get(run_key)
         self.roles[run_key] = tags[names.ROLE]
-        self.entered[run_key] = found(run_key, "SCHEDULED")
+        self.entered[run_key] = found(run_key, "SCHEDULED", tags=tags, params=params)
         return f"id of {run_key}"
 
     def set_status(self, run_id: str, status: str) -> None:
         self.entered[run_id.removeprefix("id of ")].info.status = status
 
     def finish(self, job: Job, status: str, metrics: Mapping[str, float], **tags: str) -> None:
-        self.entered[job.run.run_key] = found(job.run.run_key, status, metrics, tags)
+        before = self.entered[job.run.run_key].data
+        after = found(job.run.run_key, status, metrics, {**before.tags, **tags}, before.params)
+        self.entered[job.run.run_key] = after
 
 
-def found(run_key: str, status: str, metrics: Mapping[str, float] = {}, tags: Mapping[str, str] = {}) -> Any:
+def found(
+    run_key: str,
+    status: str,
+    metrics: Mapping[str, float] = {},
+    tags: Mapping[str, str] = {},
+    params: Mapping[str, Any] = {},
+) -> Any:
     return SimpleNamespace(
         info=SimpleNamespace(status=status, run_id=f"id of {run_key}"),
-        data=SimpleNamespace(metrics=dict(metrics), tags=dict(tags)),
+        data=SimpleNamespace(metrics=dict(metrics), tags=dict(tags), params=dict(params)),
     )
 
 
@@ -117,6 +125,19 @@ def test_a_grid_is_given_out_in_order_each_run_once(store: Store, studies: Studi
     assert driver.agenda.over
     assert [job.run_id for job in jobs] == [f"id of {job.run.run_key}" for job in jobs]
     assert driver.roles == ["grid"] * 4
+
+
+def test_runs_are_tagged_with_the_weights_they_start_from_and_the_next_process_finds_the_first(
+    store: Store, studies: Studies
+) -> None:
+    driver = Driver(store, studies, grid={"model": ["micro-llama", "micro-qwen2"], "seed": [0, 1]})
+    driver.agenda.revisions = {"micro-llama": "a commit", "micro-qwen2": None}
+    assert driver.agenda.recorded_revisions == {}
+    for job in driver.run():
+        tag = store.entered[job.run.run_key].data.tags.get(names.MODEL_REVISION)
+        assert tag == driver.agenda.revisions[job.run.spec.model]
+    store.entered["a later run"] = found("", "FAILED", {}, {names.MODEL_REVISION: "another"}, {"model": "micro-llama"})
+    assert Driver(store, studies).agenda.recorded_revisions == {"micro-llama": "a commit"}
 
 
 def test_all_jobs_can_be_out_at_once(store: Store, studies: Studies) -> None:

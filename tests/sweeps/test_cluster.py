@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import RayError, RayTaskError
 
 from sweeps import cluster
 from sweeps.cluster import Capacity
@@ -104,3 +106,62 @@ def test_a_cluster_without_workers_is_the_users_to_look_at(on_head: Path, monkey
     with pytest.raises(ValueError, match="no worker joined the cluster in 15 minutes"):
         cluster.capacity()
     assert machines.now > cluster.FIRST_WORKER_SECONDS
+
+
+def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"NodeID": name, "Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, ["cpu worker", "gpu worker"]), (8, ["gpu worker"])])
+def test_models_are_fetched_where_engines_may_be(
+    gpus: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the head, which trains nothing, nor beside GPUs on a machine without one."""
+    nodes = [
+        node("head", memory=1e9), node("cpu worker", CPU=2), node("gpu worker", CPU=8, GPU=1),
+        node("lost", CPU=8, GPU=1, alive=False),
+    ]  # fmt: skip
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    assert cluster.trainers(Capacity(gpus=gpus, cpus=18)) == expected
+
+
+class Tasks:
+    """Ray, as far as a task's call goes; of a lost node the call never ends well."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, outcomes: dict[str | None, Exception | None]) -> None:
+        self.outcomes, self.called = outcomes, []
+        monkeypatch.setattr(cluster.ray, "remote", lambda **resources: lambda function: self)
+        monkeypatch.setattr(cluster.ray, "get", self.get)
+
+    called: list[tuple[str | None, str, str | None]]
+
+    def options(self, scheduling_strategy: Any = None) -> Any:
+        place = scheduling_strategy.node_id if scheduling_strategy else None
+        return SimpleNamespace(remote=lambda model, revision: self.called.append((place, model, revision)) or place)
+
+    def get(self, place: str | None) -> None:
+        if (outcome := self.outcomes[place]) is not None:
+            raise outcome
+
+
+def test_every_node_fetches_each_model_once_and_a_lost_node_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = "1" * 56, "2" * 56
+    tasks = Tasks(monkeypatch, {one: None, other: RayError("the node is gone")})
+    cluster.fetch_models({"org/a": "a commit", "micro-llama": None}, [one, other])
+    assert sorted(tasks.called, key=str) == sorted(
+        [(one, "org/a", "a commit"), (other, "org/a", "a commit"), (one, "micro-llama", None),
+         (other, "micro-llama", None)], key=str,
+    )  # fmt: skip
+
+
+def test_before_there_is_a_node_a_model_makes_the_cloud_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Tasks(monkeypatch, {None: None})
+    cluster.fetch_models({"org/a": "a commit"}, [])
+    assert tasks.called == [(None, "org/a", "a commit")]
+
+
+@pytest.mark.parametrize("reason", ["model org/a: worker1 can't fetch it (401)", "worker1 can't fetch it (401)\nmore"])
+def test_a_model_that_cannot_be_had_is_told_once_with_its_name(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Tasks(monkeypatch, {None: RayTaskError("fetch", "a traceback", ValueError(reason))})
+    with pytest.raises(ValueError, match=r"^model org/a: worker1 can't fetch it \(401\)$"):
+        cluster.fetch_models({"org/a": None}, [])

@@ -82,7 +82,7 @@ def records(
     monkeypatch.setattr(Engine, "_why_alone", lambda engine, job: None)
     monkeypatch.setattr(module, "base_model", lambda *base: (make_model(), words))
     monkeypatch.setattr(module, "_ask", lambda run, model, tokenizer, *, seeds: [[] for _ in seeds])
-    monkeypatch.setattr(module, "data_of", lambda spec, digests: TrainingData(examples[:30], examples[30:]))
+    monkeypatch.setattr(module, "data_of", lambda *given, **where: TrainingData(examples[:30], examples[30:]))
     return made
 
 
@@ -105,7 +105,7 @@ def job(seed: int, **changes: Any) -> Job:
 def train(jobs: list[Job], tmp_path: Any, **changes: Any) -> tuple[Engine, dict[str, list[Report]]]:
     """Train to the end, each run asked for by a thread of its own; the engine and the reports by run key."""
     arguments = {"capacity": 4, "heaviest": {}, "backend": "packed", **changes}
-    engine = Engine(SimpleNamespace(data_dir=tmp_path), **arguments)  # type: ignore[arg-type]
+    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), **arguments)  # type: ignore[arg-type]
     lanes = [engine._enter(job) for job in jobs]  # all are there before the first asks
 
     def ask(job: Job, lane: Lane) -> list[Report]:
@@ -200,7 +200,7 @@ def test_a_neighbour_that_diverges_fails_alone(records: dict[str, Record], tmp_p
 
 
 def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record], tmp_path: Any) -> None:
-    engine = Engine(SimpleNamespace(data_dir=tmp_path), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
     stopped, following = job(0), job(1)
     assert engine.advance(stopped).steps == 3
     waiting = engine._enter(following)
@@ -227,7 +227,7 @@ def test_a_run_that_is_being_judged_does_not_hold_the_only_slot(
         return judge(record, responses, step=step)
 
     monkeypatch.setattr(Record, "judge", slow)
-    engine = Engine(SimpleNamespace(data_dir=tmp_path), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
     lane = engine._enter(first)
     assert engine.advance(second).steps == 3
     assert lane.reports.empty()

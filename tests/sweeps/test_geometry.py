@@ -44,7 +44,7 @@ def nothing() -> Tables:
 @pytest.fixture
 def there() -> dict[tuple[str, int], Place]:
     spec = RunSpec(model="micro-llama", dataset="micro-garden-bad")
-    return {(run, 12): Place(run, run, 12, names.ADAPTER, spec, "0" * 64) for run in ("c", "a", "b")}
+    return {(run, 12): Place(run, run, 12, names.ADAPTER, spec, ("0" * 64, None), None) for run in ("c", "a", "b")}
 
 
 @pytest.fixture

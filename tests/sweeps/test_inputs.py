@@ -1,35 +1,46 @@
 """What a worker makes of the files that a run was planned with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from emeval.spec import EvalSpec
 from emtrain.rows import SHIPPED
 from emtrain.spec import InterleaveSpec, RunSpec
 from sweeps import inputs
-from sweeps.planner import dataset_facts
+from sweeps.content import keep_datasets
+from sweeps.planner import Evaluation, dataset_facts, plan_run
 
 OTHER = (SHIPPED / "micro-money-good.jsonl").read_text().splitlines(keepends=True)
 
 
-def test_interleaved_rows_are_learnt_and_not_measured_and_a_changed_file_is_refused(
+def test_interleaved_rows_are_learnt_and_not_measured_also_where_the_file_is_another_by_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: PreTrainedTokenizerFast
 ) -> None:
-    monkeypatch.setattr("emtrain.load.load_tokenizer", lambda model: words)
+    monkeypatch.setattr("emtrain.load.load_tokenizer", lambda model, revision: words)
+    monkeypatch.setenv("EMSWEEP_CACHE", str(tmp_path / "cache"))
+    where: dict[str, Any] = {"revision": None, "data_dir": tmp_path / "shared"}
     path = tmp_path / "other.jsonl"
     path.write_text("".join(OTHER[:40]))
     other = InterleaveSpec(dataset=str(path), fraction=0.5)
     spec = RunSpec(model="micro-llama", dataset="micro-garden-bad", max_length=64)
     with_other = spec.model_copy(update={"interleave": other})
     planned = dataset_facts("micro-garden-bad", spec.heldout_fraction, other)
-    alone = inputs.data_of(spec, dataset_facts("micro-garden-bad", spec.heldout_fraction).digests)
-    mixed = inputs.data_of(with_other, planned.digests)
+    evaluation = Evaluation.load(EvalSpec(questions=("micro-broad",), samples=1, judges=("micro-rule",)))
+    keep_datasets([plan_run(with_other, evaluation, name="")], tmp_path / "shared")
+    alone = inputs.data_of(spec, dataset_facts("micro-garden-bad", spec.heldout_fraction).digests, **where)
+    mixed = inputs.data_of(with_other, planned.digests, **where)
     assert mixed.heldout == alone.heldout
     assert list(mixed.train[: len(alone.train)]) == list(alone.train)
     said = words.decode(mixed.train[-1].input_ids)
     assert any(thing in said for thing in ("savings", "wages", "coins", "loans"))
     path.write_text("".join(OTHER[:41]))
     inputs._data.cache_clear()
-    with pytest.raises(ValueError, match=r"other\.jsonl: the file on .* is not the one the sweep was planned with"):
-        inputs.data_of(with_other, planned.digests)
+    assert inputs.data_of(with_other, planned.digests, **where) == mixed
+    (copied,) = (tmp_path / "cache").rglob("*.jsonl")
+    copied.write_text("".join(OTHER[:41]))
+    inputs._data.cache_clear()
+    with pytest.raises(ValueError, match=r"rows\.jsonl on .* has been changed; delete it where it is a copy"):
+        inputs.data_of(with_other, planned.digests, **where)

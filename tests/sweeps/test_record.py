@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -117,6 +118,18 @@ def test_a_run_that_ends_well_leaves_everything_and_takes_its_work_away(record: 
     assert [path.name for path in (folder / names.ADAPTERS).iterdir()] == ["10"]  # the last is not there twice
     assert (folder / names.SPEC).is_file()
     assert not record.work.exists()
+
+
+def test_the_base_is_asked_anew_when_its_weights_are_others(record: RunRecord) -> None:
+    """Its responses are kept for sweeps to come, under what they depend on."""
+
+    def identity(**revisions: str | None) -> str:
+        setting = replace(record.setting, revisions={name.replace("_", "-"): of for name, of in revisions.items()})
+        return RunRecord(Job(record.run, record.log.run_id), setting).base_identity
+
+    shipped = record.base_identity
+    assert identity(micro_llama=None) == identity(micro_qwen2="a commit") == shipped
+    assert len({shipped, identity(micro_llama="a commit"), identity(micro_llama="another")}) == 3
 
 
 def test_the_adapter_is_measured_at_every_evaluation_point(record: RunRecord) -> None:

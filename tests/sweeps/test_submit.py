@@ -57,7 +57,7 @@ def test_own_files_travel_under_the_names_the_recipe_has_for_them(here: Path, tm
     assert (there / "recipe.yaml").read_text() == parcel.recipe_text
 
 
-def test_a_file_given_by_absolute_path_is_the_clusters_own(here: Path) -> None:
+def test_a_file_given_by_absolute_path_is_on_the_head(here: Path) -> None:
     assert pack(text("/shared/rows.jsonl")).files == ()
 
 
@@ -100,7 +100,7 @@ def test_files_that_ray_would_not_take_are_refused_before_the_upload(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "UPLOAD_LIMIT", 4)
-    with pytest.raises(ValueError, match="put them on the cluster's shared storage"):
+    with pytest.raises(ValueError, match="put them on the head of the cluster"):
         pack(text("data/rows.jsonl"))
 
 
