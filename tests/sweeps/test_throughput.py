@@ -64,7 +64,7 @@ def test_a_file_that_was_tampered_with_is_no_measurement(tmp_path: Path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["packed", "trl"])
 def test_an_engine_counts_what_it_trains_and_samples(backend: Any, tmp_path: Path) -> None:
-    """Four steps, evaluated before, after two and after four, 32 questions each time; the run reports the same tokens."""
+    """Four steps, evaluated before, after two and at the end, 32 questions each; the run reports the same tokens."""
     recipe = load_recipe(RECIPE, source="r")
     (run,) = plan_sweep(recipe).runs
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
