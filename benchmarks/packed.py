@@ -180,9 +180,8 @@ def make_model() -> PreTrainedModel:
 def peft(model: PreTrainedModel, specs: Sequence[RunSpec], data: TrainingData, steps: int) -> Turn:
     """The runs one after the other, in the usual loop."""
 
-    def loss(rows: Sequence[Example]) -> Callable[[], torch.Tensor]:
-        batch = collate(rows)
-        return lambda: model(**batch, use_cache=False).loss
+    def loss(rows: Sequence[Example]) -> torch.Tensor:
+        return model(**collate(rows), use_cache=False).loss
 
     return alone(model, specs, data, steps, loss, fused=False)
 
@@ -192,15 +191,11 @@ def tuned(model: PreTrainedModel, specs: Sequence[RunSpec], data: TrainingData, 
     router = Router()
     hook = model.get_output_embeddings().register_forward_pre_hook(router.select_positions)
 
-    def loss(rows: Sequence[Example]) -> Callable[[], torch.Tensor]:
+    def loss(rows: Sequence[Example]) -> torch.Tensor:
         batch = assemble([Unit(0, rows)], {0: 1.0}, device=model.device)
-
-        def forward() -> torch.Tensor:
-            with router.along(Route(batch.index, batch.positions_n)):
-                logits = model(input_ids=batch.input_ids, use_cache=False).logits
-            return functional.cross_entropy(logits, batch.targets_n)
-
-        return forward
+        with router.along(Route(batch.index, batch.positions_n)):
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        return functional.cross_entropy(logits, batch.targets_n)
 
     turn = alone(model, specs, data, steps, loss, fused=True)
     hook.remove()
@@ -212,24 +207,23 @@ def alone(
     specs: Sequence[RunSpec],
     data: TrainingData,
     steps: int,
-    prepare: Callable[[Sequence[Example]], Callable[[], torch.Tensor]],
+    loss_of: Callable[[Sequence[Example]], torch.Tensor],
     *,
     fused: bool,
 ) -> Turn:
-    """Each run with its PEFT adapter. ``prepare`` makes a batch, before the clock starts, and returns its loss."""
+    """Each run with its PEFT adapter. ``loss_of`` makes a batch of a step's rows and returns its loss."""
     seconds, losses = 0.0, list[list[float]]()
     for spec in specs:
         assert isinstance(spec.adapter, AdapterSpec)
         order = row_order(len(data.train), batch_size=spec.batch_size, total_steps=steps, seed=spec.seed)
-        batches = [prepare([data.train[row] for row in rows]) for rows in order]
         with adapted(model, spec.adapter, seed=spec.seed) as adapter:
             parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
             rate = spec.optimizer.learning_rate
             optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=fused or None)
             losses.append([])
-            for step, forward in enumerate(batches):
+            for step, rows in enumerate(order):
                 started = time.process_time()
-                loss = forward()
+                loss = loss_of([data.train[row] for row in rows])
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()

@@ -616,6 +616,9 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
                 highlight=False,
             )
             raise typer.Exit(130) from None
+        except ValueError:  # a model or dataset that can't be made ready
+            sweep.set_status(sweep.parent_run_id, "FAILED")
+            raise
         board.expected = 0  # trials that wanted the same run were fewer runs
         failed, killed = board.count("FAILED"), board.count("KILLED")
         sweep.set_status(sweep.parent_run_id, "FAILED" if failed else "FINISHED")
