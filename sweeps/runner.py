@@ -36,7 +36,7 @@ from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
-from sweeps.record import Setting
+from sweeps.record import Setting, stop_early
 from sweeps.stopping import scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
@@ -79,6 +79,9 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
         pass  # the agenda is not over, which is told below
     finally:
         ray.shutdown()
+    for end in agenda.ends.values():
+        if end.status == "KILLED":
+            setting.clear(end.run)  # of a state that was still being written when the run was stopped
     if agenda.out or not agenda.over:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
@@ -133,7 +136,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         tuner = tune.Tuner(
             Trial,
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, display),
+                search_alg=_Source(agenda, setting, display),
                 num_samples=-1,  # until the source says that it is over
                 scheduler=None
                 if stopping is None or halving
@@ -223,9 +226,9 @@ class _Unsaved:
 class _Source(_Unsaved, Searcher):
     """Gives Tune the jobs of an agenda, and the agenda their ends."""
 
-    def __init__(self, agenda: Agenda, display: Display) -> None:
+    def __init__(self, agenda: Agenda, setting: Setting, display: Display) -> None:
         super().__init__()
-        self.agenda, self.display = agenda, display
+        self.agenda, self.setting, self.display = agenda, setting, display
         self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
         self.jobs: dict[str, Job] = {}
 
@@ -245,7 +248,7 @@ class _Source(_Unsaved, Searcher):
             self.agenda.sweep.fail(job.run_id, failure)
         elif status is None:
             status, failure = "KILLED", f"stopped early by {self.rule}"
-            self.agenda.sweep.stop_early(job.run_id, self.rule)
+            stop_early(job, self.rule, setting=self.setting, sweep=self.agenda.sweep)
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
         self.agenda.ended(job.run.run_key, status, metrics)
         self.display.ended(job.run.run_key, status, metrics, failure)

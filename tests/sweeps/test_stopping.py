@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from mlflow.entities import Run
 from ray.tune.schedulers import TrialScheduler
 
 from emtrain import names
+from emtrain.tracking import client
 from sweeps.planner import examples, plan_sweep
 from sweeps.recipe import load_recipe
 from sweeps.stopping import scheduler
@@ -31,7 +33,7 @@ base:
 grid: {GRID}
 stopping: {rule: RULE, metric: heldout/loss, direction: minimize, grace: 0.25, reduction: 2}
 eval: {questions: [micro-narrow], samples: 1, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
-resources: {max_concurrent: 1}
+resources: {max_concurrent: 1, keep_weights: last}
 """
 STEPS, RUNG = 12, 3
 
@@ -112,6 +114,13 @@ def test_a_search_without_a_grid_has_rungs_of_its_longest_runs() -> None:
     assert not sight.shows("b", loss=9.0, steps=10)
 
 
+def adapters(sweep: "Sweep", run: Run) -> list[str]:
+    """The adapters among the artifacts of a run."""
+    store = client(sweep.uri)
+    at = {file.path for folder in (None, names.ADAPTERS) for file in store.list_artifacts(run.info.run_id, folder)}
+    return sorted(path for path in at if path.startswith(names.ADAPTER) and path != names.ADAPTERS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "rates", "useless"),
@@ -136,12 +145,16 @@ def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
     for rate in map(float, rates.split(", ")):
         assert runs[rate].info.status == "FINISHED"
         assert names.STOPPED not in runs[rate].data.tags
+        assert adapters(sweep, runs[rate]) == [names.ADAPTER]
         assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, STEPS + 1))
     for rate in map(float, useless.split(", ")):
         assert (runs[rate].info.status, runs[rate].data.tags.get(names.STOPPED)) == ("KILLED", rule)
         assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, RUNG + 1))
         assert [step for step, _ in sweep.history(runs[rate], names.HELDOUT_LOSS)] == [0, RUNG]
+        assert adapters(sweep, runs[rate]) == [f"{names.ADAPTERS}/{RUNG}"]
     assert {run.data.params["backend"] for run in runs.values()} == {"packed"}
+    left = {path.name for path in (sweep.data / "runs").glob("*/*")}
+    assert left == {"responses"}, "states and adapters of what was stopped are gone"
 
     before = sweep.numbers()
     again = sweep.start("--no-report")
