@@ -23,6 +23,7 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from emtrain import names
@@ -36,8 +37,9 @@ from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
+from sweeps.recipe import StoppingSpec
 from sweeps.record import Setting, stop_early
-from sweeps.stopping import scheduler
+from sweeps.stopping import fellows, reports_before, scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
 OBJECT_STORE_BYTES = 150 * 2**20
@@ -138,9 +140,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             tune_config=tune.TuneConfig(
                 search_alg=_Source(agenda, setting, display),
                 num_samples=-1,  # until the source says that it is over
-                scheduler=None
-                if stopping is None or halving
-                else scheduler(stopping, examples(agenda.recipe, agenda.plan)),
+                scheduler=None if stopping is None or halving else _scheduler(agenda, stopping),
                 max_concurrent_trials=concurrent,
             ),
             run_config=tune.RunConfig(
@@ -194,6 +194,12 @@ def _measured(
     text = json.dumps({base: asdict(packing) for base, packing in packings.items()}, indent=2)
     agenda.sweep.write_text(names.PACKING, text + "\n")
     return max((packing.runs for packing in packings.values()), default=1)
+
+
+def _scheduler(agenda: Agenda, rule: StoppingSpec) -> TrialScheduler:
+    """The scheduler of the recipe's rule, with what is known of runs that ran before."""
+    known = fellows(agenda.known, {run.run_key for run in agenda.plan.runs})
+    return scheduler(rule, examples(agenda.recipe, agenda.plan), reports_before(rule, known, agenda.sweep))
 
 
 def _halving(agenda: Agenda) -> Callable[[], Halving]:
