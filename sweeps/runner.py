@@ -115,14 +115,12 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     yardsticks = heaviest(examples(agenda.recipe, agenda.plan)) if wanted.pack == "auto" and most > 1 else {}
     stopping = agenda.recipe.stopping
     halving = stopping is not None and stopping.rule == "halving"
-    # Those that wait for each other have a lease all the same; how many train is the engines' own affair.
-    waiting = len(agenda.plan.runs) if halving else 0
     make = ray.remote(Engine).options(
         # Ray starts an engine that dies anew, on another node where its own is lost.
         num_cpus=1,
         num_gpus=capacity.gpus_per_engine,
         max_restarts=-1,
-        max_concurrency=2 * max(2 * count * most, waiting) + 4,
+        max_concurrency=4 * count * most + 4,
     )
     engines = {
         f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
@@ -130,10 +128,11 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     }
     packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
     # While one half is being judged and Tune makes up its mind, the other trains.
-    leases = 2 * packed
-    concurrent = max(count * leases if wanted.max_concurrent == "auto" else wanted.max_concurrent, waiting)
+    concurrent = 2 * count * packed if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    if halving:
+        concurrent = max(concurrent, len(agenda.plan.runs))  # all are to come to a rung
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)
-    host = make_host.remote(engines, capacity=max(leases, waiting), halving=_halving(agenda) if halving else None)
+    host = make_host.remote(engines, slots=packed, halving=_halving(agenda) if halving else None)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
