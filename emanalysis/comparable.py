@@ -29,7 +29,8 @@ MAX_MISSING = 0.2
 """Share of questions without a score above which a run is left out; with less, the questions are."""
 
 NO_SETTING = {
-    *("run_id", "run_key", "name", "status", "failure", "imported_from", "start_time", "end_time", "artifact_uri"),
+    *("run_id", "run_key", "name", "status", "failure", "imported_from", "weights_kept"),
+    *("start_time", "end_time", "artifact_uri"),
     *("under_trained", "seed", "backend", "train_rows", *FINAL, *names.SCORES),
 }
 """Columns of ``Records.runs`` that do not tell one configuration from another."""

@@ -43,6 +43,7 @@ def without_adapters(runs: pd.DataFrame) -> pd.DataFrame:
     for hit, why in (
         (runs["status"] != "FINISHED", "it is not finished"),
         (full, "all its weights were trained, so it has no adapter"),
+        (runs["weights_kept"].eq("none"), "its adapter was not kept (resources.keep_weights: none)"),
         (runs["imported_from"].notna(), "it was imported, without an adapter"),
     ):
         reason = reason.mask(hit, why)

@@ -20,6 +20,7 @@ ROLE = "emsweep.role"  # why a run is in its sweep: "grid", "search" or "confirm
 VERSIONS = "emsweep.versions"  # JSON: package -> version
 GIT_COMMIT = "emsweep.git_commit"  # of the directory the sweep was started in; absent outside a repository
 STOPPED = "emsweep.stopped"  # set on runs that were stopped early, to the rule that stopped them
+WEIGHTS_KEPT = "emsweep.weights_kept"  # set on finished runs that have no weights among their artifacts, to "none"
 FAILURE = "emsweep.failure"  # one line: why a FAILED run failed
 IMPORTED_FROM = "emsweep.imported_from"  # set on runs that another tool trained
 
@@ -69,7 +70,7 @@ def base_metric(score: str, question_set: str) -> str:
 # Artifacts of a run
 SPEC = "spec.json"
 ADAPTER = "adapter"
-ADAPTERS = "adapters"  # "adapters/<step>": the adapter at the evaluation points before the last
+ADAPTERS = "adapters"  # "adapters/<step>": the adapter at evaluation points before the last, as far as they are kept
 MODEL = "model"  # instead of an adapter, for full fine-tuning; of the last step only
 RESPONSES = "responses.parquet"
 

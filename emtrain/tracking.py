@@ -261,9 +261,9 @@ class SweepLog:
                     log.warning("%s/%s can't be read and was left out: %s", folder, path.name, error)
         return found
 
-    def upload(self, run_id: str, path: Path) -> None:
-        """Store a file with a run, in the place of one of the same name."""
-        client(self.uri).log_artifact(run_id, str(path))
+    def upload(self, run_id: str, path: Path, directory: str | None = None) -> None:
+        """Store a file or folder with a run, below ``directory`` (None is the top), in the place of one so called."""
+        client(self.uri).log_artifact(run_id, str(path), directory)
 
     def rescored(self, run: Run, scores: Mapping[int, Mapping[str, float]]) -> None:
         """Log scores of a finished run anew: step -> metric -> value, NaN for those that are missing.

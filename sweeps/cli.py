@@ -578,7 +578,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
-    setting = Setting(uri, data)
+    setting = Setting(uri, data, keep_weights=recipe.resources.keep_weights)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
     if recipe.analysis.null_sweep is not None:
         SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there

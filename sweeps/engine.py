@@ -195,7 +195,8 @@ class Engine:
             seconds = time.perf_counter() - began - (lane.eval_seconds - evaluated)
             self.work[spec.model].train(lane.record.tokens, seconds)
         except Exception as error:
-            self._fail(lane, error)
+            if not lane.dropped:  # else its state is being removed
+                self._fail(lane, error)
         else:
             if not lane.dropped:
                 self._finish(lane)

@@ -1,6 +1,7 @@
 """Which engine trains which run."""
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,58 +12,72 @@ from sweeps.lease import Job
 from sweeps.throughput import Work
 
 ANSWER_SECONDS = 20.0
+AWAITED_SECONDS = 30.0
+"""How long the runs that others could only queue are kept for an engine that does not answer. Where there is a machine
+an engine takes 2 to 10 s to start."""
 
 
 class Fleet:
-    """Leases the slots of ``engines`` (Ray's handles by name), each with ``capacity`` of them.
+    """Leases out ``engines`` (Ray's handles by name), each of which trains ``slots`` runs at once.
 
-    Only an engine that answers has slots to give: one that waits for a machine, or for a new one after the loss of
-    its own, gets its first run when it is there. Trials ask from threads of their own.
+    Only an engine that answers gets runs: one that waits for a machine, or for a new one after the loss of its own,
+    gets its first when it is there. The others have as many as they can train; twice as many, so that some train while
+    others are being judged, once no engine is awaited that might train those. Trials ask from threads of their own.
     """
 
-    def __init__(self, engines: Mapping[str, Any], *, capacity: int) -> None:
-        self.engines, self.capacity = engines, capacity
+    def __init__(self, engines: Mapping[str, Any], *, slots: int) -> None:
+        self.engines, self.slots = engines, slots
         self.lock = threading.Lock()
         self.leases: dict[str, tuple[str, Job]] = {}
         """Run key -> engine and job."""
-        self.calls = {engine: self._call(engine) for engine in engines}
-        """Engines that have not answered yet -> a call to them."""
+        now = time.monotonic()
+        self.calls = {engine: (self._call(engine), now) for engine in engines}
+        """Engines that have not answered yet -> a call to them, and since when they are awaited."""
 
-    def lease(self, job: Job, *, died: str | None = None) -> tuple[str, Any] | None:
-        """Name and handle of the engine that is to train ``job``, one with its base where there is a choice.
+    def lease(self, job: Job, *, held: str | None = None, died: str | None = None) -> tuple[str, Any] | None:
+        """Name and handle of the engine that is to train ``job``: the one that does already; else one with its base
+        where there is a choice, and the fewest runs.
 
-        None while no engine has a free slot. ``died`` is the engine that had the job before and does not answer.
+        None while no engine has room. ``held`` is the engine that still has the run in memory, which is preferred
+        unless another one has two runs less; ``died`` one that had the job before and does not answer.
         """
         with self.lock:
             if died is not None:
-                self.calls[died] = self._call(died)
-            self.leases.pop(job.run.run_key, None)
-            free = [name for name in self.engines if len(self._on(name)) < self.capacity and self._answers(name)]
-            if not free:
-                return None
-            chosen = min(free, key=lambda engine: self._cost(engine, job))
-            self.leases[job.run.run_key] = chosen, job
+                self.calls[died] = self._call(died), time.monotonic()
+                self.leases.pop(job.run.run_key, None)
+            if job.run.run_key not in self.leases:
+                answering = [engine for engine in self.engines if self._answers(engine)]
+                room = self.slots if self._awaits() else 2 * self.slots
+                free = [engine for engine in answering if len(self._on(engine)) < room]
+                if not free:
+                    return None
+                self.leases[job.run.run_key] = min(free, key=lambda engine: self._cost(engine, job, held)), job
+            chosen, _ = self.leases[job.run.run_key]
             return chosen, self.engines[chosen]
 
     def _on(self, engine: str) -> list[Job]:
         return [job for name, job in self.leases.values() if name == engine]
 
-    def _cost(self, engine: str, job: Job) -> tuple[bool, int]:
-        return any(other.base != job.base for other in self._on(engine)), len(self._on(engine))
+    def _cost(self, engine: str, job: Job, held: str | None) -> tuple[bool, int, bool]:
+        on, here = self._on(engine), engine == held
+        return any(other.base != job.base for other in on), len(on) - here, not here
+
+    def _awaits(self) -> bool:
+        return any(time.monotonic() - since < AWAITED_SECONDS for _, since in self.calls.values())
 
     def _call(self, engine: str) -> Any:
         return self.engines[engine].__ray_ready__.remote()
 
     def _answers(self, engine: str) -> bool:
-        call = self.calls.get(engine)
-        if call is None:
+        if engine not in self.calls:
             return True
+        call, since = self.calls[engine]
         if not ray.wait([call], timeout=0)[0]:
             return False
         try:
             ray.get(call)
         except RayError:  # the call came while it died
-            self.calls[engine] = self._call(engine)
+            self.calls[engine] = self._call(engine), since
             return False
         del self.calls[engine]
         return True
@@ -71,9 +86,7 @@ class Fleet:
         """What each engine has done, by model; of one that died anew, since then."""
         return list(ray.get([engine.worked.remote() for engine in self.engines.values()], timeout=ANSWER_SECONDS))
 
-    def release(self, run_key: str, *, drop: bool) -> None:
-        """The trial of a run is over; with ``drop`` the run is to be trained no further."""
+    def release(self, run_key: str) -> None:
+        """A run is over, or waits for others: its place is free."""
         with self.lock:
-            engine, _ = self.leases.pop(run_key, (None, None))
-        if drop and engine is not None:
-            self.engines[engine].drop.remote(run_key)
+            self.leases.pop(run_key, None)

@@ -210,7 +210,10 @@ class Surveyor:
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.sweep.download(place.run_id, place.artifact, Path(scratch))
             if folder is None:
-                raise ValueError(f"run {place.run_id} has no artifact {place.artifact}")
+                raise ValueError(
+                    f"run {place.name} has no artifact {place.artifact}: resources.keep_weights left it out, or it was "
+                    "removed"
+                )
             return load_update(folder, device=device)
 
 

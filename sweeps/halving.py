@@ -76,11 +76,16 @@ class Halving:
             self.over.add(run_key)
             self._decide()
 
+    def waits(self, run_key: str) -> bool:
+        """Whether it is not decided yet if a run goes on from the last rung it came to."""
+        with self.changed:
+            reached = max((rung for rung, values in enumerate(self.values) if run_key in values), default=-1)
+            return self.decided <= reached and run_key not in self.stopped
+
     def may_go_on(self, run_key: str) -> bool:
         """Whether a run goes on from the last rung it came to; waits until that is decided."""
         with self.changed:
-            reached = max((rung for rung, values in enumerate(self.values) if run_key in values), default=-1)
-            self.changed.wait_for(lambda: self.decided > reached or run_key in self.stopped)
+            self.changed.wait_for(lambda: not self.waits(run_key))
             return run_key not in self.stopped
 
     def _decide(self) -> None:

@@ -257,23 +257,32 @@ class Outlook:
         return found
 
     def _disk(self, steps: int | None) -> dict[str, int]:
+        keep = self.recipe.resources.keep_weights
         kept = states = responses = 0
         for kind in self.kinds:
             # Every run keeps the responses of its base, too.
             responses += kind.runs * (kind.evaluations + 1) * self.asked[kind.role].responses
             shape = self._shape(kind.spec, "disk_bytes")
             if shape is not None:
-                # Adapters of every evaluation point are kept, of whole models the last one only.
-                points = kind.evaluations if kind.spec.adapter != "full" else 1
-                kept += kind.runs * points * shape.trained(kind.spec.adapter) * FP32
-                states = max(states, state_bytes(shape, kind.spec.adapter, kind.spec.optimizer))
+                adapter = kind.spec.adapter != "full"
+                # Adapters of every evaluation point may be kept, of whole models the last one only.
+                points = {"all": kind.evaluations if adapter else 1, "last": 1, "none": 0}[keep]
+                weights = shape.trained(kind.spec.adapter) * FP32
+                kept += kind.runs * points * weights
+                # Beside its state a run in work has its newest adapter and, to tell its turn, the one before.
+                beside = min(kind.evaluations, 2) if adapter else 1
+                state = state_bytes(shape, kind.spec.adapter, kind.spec.optimizer)
+                states = max(states, state + beside * weights)
         text = self.recipe.eval.max_new_tokens * BYTES_PER_TOKEN
         found = {"responses": round(responses * len(self.recipe.eval.judges) * (RESPONSE_BYTES + text))}
         if "disk_bytes" not in self.unknown:
             found = {"adapters": kept, "state_of_each_run_in_work": states, **found}
         if steps is not None:
             found["metrics"] = steps * STEP_BYTES
-        self.assumptions.append("disk: at most, with every response as long as allowed and none compressed")
+        self.assumptions.append(
+            f"disk: with resources.keep_weights: {keep}; at most, with every response as long as allowed and none "
+            "compressed"
+        )
         return found
 
     def _shape(self, spec: RunSpec, wanted: str) -> ModelShape | None:

@@ -24,6 +24,7 @@ SHOWN_PROBLEMS = 20
 KEPT_OVERRIDE = "# --set "
 
 Axes = dict[str, tuple[Any, ...]]
+KeepWeights = Literal["all", "last", "none"]
 
 
 class ResourceSpec(Spec):
@@ -37,6 +38,10 @@ class ResourceSpec(Spec):
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Runs in work at once, those that are being judged among them; ``auto`` is twice ``pack`` for each GPU, or for
     each CPU core where there is none."""
+    keep_weights: KeepWeights = "all"
+    """Which weights are kept in MLflow. ``all``: a run's adapter at every evaluation point. ``last``: that of its end,
+    or the newest of a run that was stopped early. ``none``: no weights; ``emsweep geometry`` has nothing to measure.
+    Where all weights are trained, ``all`` keeps no more than ``last``: the model at the end."""
 
 
 class StoppingSpec(Spec):

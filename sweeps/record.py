@@ -24,15 +24,18 @@ from emeval.spec import JudgeSpec
 from emtrain import names
 from emtrain.heldout import HeldoutLoss
 from emtrain.seeds import derive
-from emtrain.tracking import RunLog
+from emtrain.tracking import RunLog, SweepLog
 from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step
 from sweeps.lease import Ending, Job
 from sweeps.planner import PlannedRun
+from sweeps.recipe import KeepWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
+STATE = "state"
+"""Folder of a run's newest state, in its work directory."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,17 @@ class Setting:
     """Absolute; holds the runs' states, the datasets and the caches of base-model scores and judges' replies."""
     revisions: Mapping[str, str | None] = field(default_factory=dict)
     """Model -> the revision that runs start from (``emtrain.revision``); None, or absent: whatever there is."""
+    keep_weights: KeepWeights = "all"
+    """Which weights go to MLflow (``sweeps.recipe.ResourceSpec``)."""
 
     def work(self, run: PlannedRun) -> Path:
         """Where a run keeps its state and responses until it is finished."""
         return self.data_dir / "runs" / run.run_key
+
+    def clear(self, run: PlannedRun) -> None:
+        """Remove the state and the adapters of a run that was stopped early. Its responses stay: they are small."""
+        for name in (STATE, names.ADAPTERS):
+            shutil.rmtree(self.work(run) / name, ignore_errors=True)
 
     def judges(self, specs: Sequence[JudgeSpec]) -> list[Judge]:
         """The judges, with a cache of their replies. Raises ``ValueError`` where one lacks its key."""
@@ -70,7 +80,7 @@ class RunRecord:
     @property
     def plan(self) -> Plan:
         """When the run is evaluated and where it keeps its state."""
-        return Plan(self.run.total_steps, self.run.evaluate_at, self.work / "state")
+        return Plan(self.run.total_steps, self.run.evaluate_at, self.work / STATE)
 
     def start(self, *, family: str, backend: str) -> None:
         """The run begins, or goes on."""
@@ -110,7 +120,7 @@ class RunRecord:
     def record(self, judged: pd.DataFrame, loss: HeldoutLoss, *, step: int) -> Metrics:
         """Record an evaluation point (step 0: the base model) and return its metrics, once they are stored.
 
-        The adapter of a point before the last is stored, too: a run that is stopped early has all it had by then.
+        Where all adapters are kept, that of a point before the last is stored, too.
         """
         judged.to_parquet(self.work / "responses" / f"{step:09d}.parquet", index=False)
         scores = summarise(judged, self.judges[0].id)
@@ -121,28 +131,32 @@ class RunRecord:
             **{name: value for name, value in scores.items() if not math.isnan(value)},
         }
         if step > 0 and self._adapter_only:
-            metrics |= self._adapter_metrics(step)
-            if step < self.run.total_steps:
+            earlier = [point for point in self.run.evaluate_at if point < step]
+            metrics |= self._adapter_metrics(step, earlier)
+            if step < self.run.total_steps and self.setting.keep_weights == "all":
                 self.log.artifact(self._weights(step), names.adapter_artifact(step, self.run.total_steps))
+            # Cut off before its state is written, the run comes to this point again, and turns from the one before.
+            for point in earlier[:-1]:
+                shutil.rmtree(self._weights(point), ignore_errors=True)
         self.log.metrics(metrics, step=step)
         self.log.flush()
         return metrics
 
-    def _adapter_metrics(self, step: int) -> Metrics:
-        """Size and direction of the adapter's update, and how far it has turned since the evaluation point before."""
+    def _adapter_metrics(self, step: int, earlier: Sequence[int]) -> Metrics:
+        """Size and direction of the adapter's update, and how far it has turned since the last ``earlier`` point."""
         from emtrain.low_rank import angle, load_update, norm, stable_rank
 
         update = load_update(self._weights(step))
         metrics = {names.ADAPTER_NORM: norm(update), names.ADAPTER_STABLE_RANK: stable_rank(update)}
-        earlier = [self._weights(point) for point in self.run.evaluate_at if point < step]
-        if earlier and earlier[-1].exists():
-            metrics[names.ADAPTER_TURN] = angle(load_update(earlier[-1]), update)
+        if earlier and (before := self._weights(earlier[-1])).exists():
+            metrics[names.ADAPTER_TURN] = angle(load_update(before), update)
         # An update that is still zero has a norm, but no rank and no direction. The last bits of the others depend on
         # how tensors lie in memory; a run that was cut off is to have the same metrics as one that was not.
         return {name: float(f"{value:.9g}") for name, value in metrics.items() if not math.isnan(value)}
 
     def finish(self, seconds: Mapping[str, float]) -> Ending:
-        """Record what is known only at the end: sums over the run, its weights, all its responses, the time it took."""
+        """Record what is known only at the end: sums over the run, all its responses, the time it took, and its weights
+        where they are kept."""
         rates, losses = self.log.history(names.LEARNING_RATE), self.log.history(names.TRAIN_LOSS)
         last_tenth = losses[-math.ceil(len(losses) / 10) :]
         closing = {
@@ -151,8 +165,11 @@ class RunRecord:
             **seconds,
         }
         self.log.metrics(closing, step=self.run.total_steps)
-        weights = self._weights(self.run.total_steps)
-        self.log.artifact(weights, weights.name)
+        if self.setting.keep_weights == "none":
+            self.log.tags({names.WEIGHTS_KEPT: self.setting.keep_weights})
+        else:
+            weights = self._weights(self.run.total_steps)
+            self.log.artifact(weights, weights.name)
         parts = sorted((self.work / "responses").glob("*.parquet"))
         responses = self.work / names.RESPONSES
         pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True).to_parquet(responses, index=False)
@@ -191,3 +208,12 @@ class RunRecord:
         if (revision := self.setting.revisions.get(self.run.spec.model)) is not None:
             identity["revision"] = revision
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def stop_early(job: Job, rule: str, *, setting: Setting, sweep: SweepLog) -> None:
+    """Record that a run, which waits at an evaluation point, is trained no further by ``rule`` of early stopping."""
+    adapters = setting.work(job.run) / names.ADAPTERS
+    if setting.keep_weights == "last" and adapters.is_dir():
+        sweep.upload(job.run_id, max(adapters.iterdir(), key=lambda folder: int(folder.name)), names.ADAPTERS)
+    sweep.stop_early(job.run_id, rule)
+    setting.clear(job.run)

@@ -23,6 +23,7 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import ray
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from emtrain import names
@@ -36,8 +37,9 @@ from sweeps.lease import Job
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
-from sweeps.record import Setting
-from sweeps.stopping import scheduler
+from sweeps.recipe import StoppingSpec
+from sweeps.record import Setting, stop_early
+from sweeps.stopping import fellows, reports_before, scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
 OBJECT_STORE_BYTES = 150 * 2**20
@@ -79,6 +81,9 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
         pass  # the agenda is not over, which is told below
     finally:
         ray.shutdown()
+    for end in agenda.ends.values():
+        if end.status == "KILLED":
+            setting.clear(end.run)  # of a state that was still being written when the run was stopped
     if agenda.out or not agenda.over:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
@@ -110,14 +115,12 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     yardsticks = heaviest(examples(agenda.recipe, agenda.plan)) if wanted.pack == "auto" and most > 1 else {}
     stopping = agenda.recipe.stopping
     halving = stopping is not None and stopping.rule == "halving"
-    # Those that wait for each other have a lease all the same; how many train is the engines' own affair.
-    waiting = len(agenda.plan.runs) if halving else 0
     make = ray.remote(Engine).options(
         # Ray starts an engine that dies anew, on another node where its own is lost.
         num_cpus=1,
         num_gpus=capacity.gpus_per_engine,
         max_restarts=-1,
-        max_concurrency=2 * max(2 * count * most, waiting) + 4,
+        max_concurrency=4 * count * most + 4,
     )
     engines = {
         f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
@@ -125,19 +128,18 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
     }
     packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
     # While one half is being judged and Tune makes up its mind, the other trains.
-    leases = 2 * packed
-    concurrent = max(count * leases if wanted.max_concurrent == "auto" else wanted.max_concurrent, waiting)
+    concurrent = 2 * count * packed if wanted.max_concurrent == "auto" else wanted.max_concurrent
+    if halving:
+        concurrent = max(concurrent, len(agenda.plan.runs))  # all are to come to a rung
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)
-    host = make_host.remote(engines, capacity=max(leases, waiting), halving=_halving(agenda) if halving else None)
+    host = make_host.remote(engines, slots=packed, halving=_halving(agenda) if halving else None)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, display),
+                search_alg=_Source(agenda, setting, display),
                 num_samples=-1,  # until the source says that it is over
-                scheduler=None
-                if stopping is None or halving
-                else scheduler(stopping, examples(agenda.recipe, agenda.plan)),
+                scheduler=None if stopping is None or halving else _scheduler(agenda, stopping),
                 max_concurrent_trials=concurrent,
             ),
             run_config=tune.RunConfig(
@@ -193,6 +195,12 @@ def _measured(
     return max((packing.runs for packing in packings.values()), default=1)
 
 
+def _scheduler(agenda: Agenda, rule: StoppingSpec) -> TrialScheduler:
+    """The scheduler of the recipe's rule, with what is known of runs that ran before."""
+    known = fellows(agenda.known, {run.run_key for run in agenda.plan.runs})
+    return scheduler(rule, examples(agenda.recipe, agenda.plan), reports_before(rule, known, agenda.sweep))
+
+
 def _halving(agenda: Agenda) -> Callable[[], Halving]:
     """Makes the halving of the grid's runs, with what is known of those that ran before."""
     rule, runs = agenda.recipe.stopping, agenda.plan.runs
@@ -223,9 +231,9 @@ class _Unsaved:
 class _Source(_Unsaved, Searcher):
     """Gives Tune the jobs of an agenda, and the agenda their ends."""
 
-    def __init__(self, agenda: Agenda, display: Display) -> None:
+    def __init__(self, agenda: Agenda, setting: Setting, display: Display) -> None:
         super().__init__()
-        self.agenda, self.display = agenda, display
+        self.agenda, self.setting, self.display = agenda, setting, display
         self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
         self.jobs: dict[str, Job] = {}
 
@@ -245,7 +253,7 @@ class _Source(_Unsaved, Searcher):
             self.agenda.sweep.fail(job.run_id, failure)
         elif status is None:
             status, failure = "KILLED", f"stopped early by {self.rule}"
-            self.agenda.sweep.stop_early(job.run_id, self.rule)
+            stop_early(job, self.rule, setting=self.setting, sweep=self.agenda.sweep)
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
         self.agenda.ended(job.run.run_key, status, metrics)
         self.display.ended(job.run.run_key, status, metrics, failure)

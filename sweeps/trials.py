@@ -48,9 +48,10 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the job; a slot is leased at the first step."""
+        """Take the job; an engine is leased at the first step."""
         self.job: Job = config["job"]
         self.leased: tuple[str, Any] | None = None
+        """Name and handle of the engine that has the run, be it in a slot or waiting."""
         self.ended = False
         self.deaths = 0
         self.last: Mapping[str, float] = {}
@@ -61,8 +62,11 @@ class Trial(tune.Trainable):
         Raises ``RuntimeError`` when engines die under it too often.
         """
         run_key = self.job.run.run_key
-        if self.halving is not None and not self.halving.may_go_on(run_key):
-            return {**self.last, "done": True}
+        if self.halving is not None:
+            if self.halving.waits(run_key):
+                self.fleet.release(run_key)  # for those that it waits for
+            if not self.halving.may_go_on(run_key):
+                return {**self.last, "done": True}
         try:
             report = self._report()
         except Exception:
@@ -83,11 +87,13 @@ class Trial(tune.Trainable):
         return {**report.metrics, **end, "done": True}
 
     def cleanup(self) -> None:
-        """Tune is done with the trial: its slot is free, and a run that has not ended is trained no further."""
-        self.fleet.release(self.job.run.run_key, drop=not self.ended)
+        """Tune is done with the trial: its place is free, and a run that has not ended is trained no further."""
+        self.fleet.release(self.job.run.run_key)
+        if self.leased is not None and not self.ended:
+            self.leased[1].drop.remote(self.job.run.run_key)
 
     def _report(self) -> Report:
-        name, engine = self.leased or self._lease()
+        name, engine = self._lease()
         while True:
             try:
                 report: Report = ray.get(engine.advance.remote(self.job))
@@ -100,24 +106,26 @@ class Trial(tune.Trainable):
                 name, engine = self._lease(died=name)
 
     def _lease(self, *, died: str | None = None) -> tuple[str, Any]:
-        """Name and handle of the engine that is to train the run; waits for one with a free slot."""
-        while (leased := self.fleet.lease(self.job, died=died)) is None:
+        """Name and handle of the engine that is to train the run; waits for one with room."""
+        held = self.leased if died is None else None
+        while (leased := self.fleet.lease(self.job, held=held and held[0], died=died)) is None:
             died = None  # told once
             time.sleep(ASK_AGAIN_SECONDS)
+        if held is not None and held[0] != leased[0]:
+            held[1].drop.remote(self.job.run.run_key)  # the other one takes the run up from its newest state
         self.leased = leased
         return leased
 
 
 class TrialHost:
-    """The process that all trials share, with the leases of the engines' slots. Made as a Ray actor with threads.
+    """The process that all trials share, with the leases of the engines, which train ``slots`` runs at once each. Made
+    as a Ray actor with threads.
 
     ``halving`` makes, in that process, what lets runs wait for each other; None where they do not.
     """
 
-    def __init__(
-        self, engines: Mapping[str, Any], *, capacity: int, halving: Callable[[], Halving] | None = None
-    ) -> None:
-        self.fleet = Fleet(engines, capacity=capacity)
+    def __init__(self, engines: Mapping[str, Any], *, slots: int, halving: Callable[[], Halving] | None = None) -> None:
+        self.fleet = Fleet(engines, slots=slots)
         self.halving = halving() if halving else None
         self.trials: dict[int, tune.Trainable] = {}
         self.lock = threading.Lock()

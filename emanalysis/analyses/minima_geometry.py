@@ -47,9 +47,11 @@ def compute(records: Records, *, seed: int) -> Result:
         "notes": [],
     }
     if pairs.empty:
-        nowhere = len(without_adapters(records.runs)) == len(records.runs)
-        unmeasured = f"nothing was measured between them; `{command}` does that"
-        why = "no run has an adapter to measure" if nowhere else unmeasured
+        lacking = without_adapters(records.runs)
+        why = f"nothing was measured between them; `{command}` does that"
+        if len(lacking) == len(records.runs):
+            reasons = ", or ".join(lacking["reason"].unique())
+            why = f"no run has an adapter to measure: {reasons}"
         result["answer"] = f"Whether the runs are in different minima is not known: {why}."
         return result
     lines, points = barriers_table(records, pairs, seed=seed)

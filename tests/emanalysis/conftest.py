@@ -213,6 +213,7 @@ def _sweep_of(
             "name": f"{schedule} {rate:g} seed {seed}",
             "status": "FINISHED",
             "imported_from": None,
+            "weights_kept": None,
             "model": "micro-llama",
             "dataset": "garden-bad",
             "schedule": schedule,

@@ -178,7 +178,10 @@ def test_runs_without_adapters_are_not_sent_to_be_measured(sweep_of: Callable[..
     records = sweep_of(lambda run, question: 80.0)
     imported = replace(records, runs=records.runs.assign(imported_from="em-generalization"))
     answer = minima_geometry.compute(imported, seed=0)["answer"]
-    assert answer == "Whether the runs are in different minima is not known: no run has an adapter to measure."
+    assert answer == (
+        "Whether the runs are in different minima is not known: no run has an adapter to measure: "
+        "it was imported, without an adapter."
+    )
 
 
 def test_without_scores_and_measurements_there_is_a_reason(sweep_of: Callable[..., Records]) -> None:

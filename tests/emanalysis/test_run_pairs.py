@@ -54,8 +54,10 @@ def test_runs_without_adapters_are_left_out_with_their_reason(sweep_of: Callable
     records = study(sweep_of)
     runs = records.runs.assign(adapter=np.nan).astype({"adapter": object})
     runs.loc[0, "adapter"], runs.loc[1, "imported_from"], runs.loc[2, "status"] = "full", "table:x.csv", "FAILED"
+    runs.loc[3, "weights_kept"] = "none"
     found = without_adapters(runs).set_index("run_id")["reason"]
     assert found.to_dict() == {
+        "linear-3e-05-0": "its adapter was not kept (resources.keep_weights: none)",
         "linear-1e-05-0": "all its weights were trained, so it has no adapter",
         "linear-1e-05-1": "it was imported, without an adapter",
         "linear-1e-05-2": "it is not finished",

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from sweeps import fleet as module
-from sweeps.fleet import Fleet
+from sweeps.fleet import AWAITED_SECONDS, Fleet
 
 
 @dataclass
@@ -24,11 +24,9 @@ class Engine:
 
     lives: bool = True
     calls: list[Call] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.__dict__["__ray_ready__"] = SimpleNamespace(remote=self._call)
-        self.drop = SimpleNamespace(remote=self.dropped.append)
 
     def _call(self) -> Call:
         self.calls.append(Call("answered" if self.lives else "waiting"))
@@ -39,8 +37,18 @@ class Engine:
         self.calls[-1].state = "answered"
 
 
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 @pytest.fixture(autouse=True)
-def _calls_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In the place of the time that goes by; and calls to engines are answered without Ray."""
+
     def wait(calls: list[Call], timeout: float) -> tuple[list[Call], list[Call]]:
         return [c for c in calls if c.state != "waiting"], [c for c in calls if c.state == "waiting"]
 
@@ -49,6 +57,9 @@ def _calls_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RayActorError
 
     monkeypatch.setattr(module, "ray", SimpleNamespace(wait=wait, get=get))
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def job(key: str, base: str = "a model") -> Any:
@@ -61,42 +72,67 @@ def leased(fleet: Fleet, key: str, base: str = "a model", **more: Any) -> str | 
 
 
 def test_runs_go_to_the_engine_with_the_fewest() -> None:
-    fleet = Fleet({"one": Engine(), "two": Engine()}, capacity=2)
+    fleet = Fleet({"one": Engine(), "two": Engine()}, slots=1)
     assert sorted(str(leased(fleet, key)) for key in "abcd") == ["one", "one", "two", "two"]
 
 
 def test_a_run_prefers_an_engine_that_holds_its_base() -> None:
     """Although the other one has fewer runs."""
-    fleet = Fleet({"one": Engine(), "two": Engine()}, capacity=4)
+    fleet = Fleet({"one": Engine(), "two": Engine()}, slots=2)
     assert leased(fleet, "a", "this") == "one"
     assert leased(fleet, "b", "that") == "two"
     assert leased(fleet, "c", "this") == "one"
     assert leased(fleet, "d", "this") == "one"
 
 
-def test_a_run_waits_when_every_slot_is_taken_and_gets_the_first_that_is_free() -> None:
-    engine = Engine()
-    fleet = Fleet({"one": engine}, capacity=1)
-    assert leased(fleet, "a") == "one"
-    assert leased(fleet, "b") is None
-    fleet.release("a", drop=False)
-    assert leased(fleet, "b") == "one"
-    assert engine.dropped == []
+def test_an_engine_has_two_runs_a_slot_and_the_next_one_waits_until_one_is_over() -> None:
+    fleet = Fleet({"one": Engine()}, slots=1)
+    assert (leased(fleet, "a"), leased(fleet, "b"), leased(fleet, "c")) == ("one", "one", None)
+    assert leased(fleet, "a") == "one", "it has its place already"
+    fleet.release("a")
+    assert leased(fleet, "c") == "one"
+    assert leased(fleet, "a") is None
 
 
-def test_an_engine_whose_machine_is_still_coming_gets_nothing_until_it_answers() -> None:
-    """A cloud takes minutes to start a machine, and may never find one; the others work meanwhile."""
+def test_the_first_engine_to_answer_leaves_those_runs_to_the_others_that_it_could_only_queue(clock: Clock) -> None:
+    """With two slots each: of eight runs four for each engine, whoever is there first."""
     coming = Engine(lives=False)
-    fleet = Fleet({"coming": coming, "there": Engine()}, capacity=1)
-    assert leased(fleet, "a") == "there"
-    assert leased(fleet, "b") is None
+    fleet = Fleet({"there": Engine(), "coming": coming}, slots=2)
+    assert [leased(fleet, key) for key in "abcdefgh"] == ["there", "there", *[None] * 6]
+    clock.now = 5
     coming.comes_up()
-    assert leased(fleet, "b") == "coming"
+    assert [leased(fleet, key) for key in "cdefgh"] == ["coming", "coming", "there", "coming", "there", "coming"]
+
+
+def test_no_run_waits_for_an_engine_whose_machine_does_not_come(clock: Clock) -> None:
+    """A cloud takes minutes to start a machine, and may never find one; it gets runs when it is there."""
+    coming = Engine(lives=False)
+    fleet = Fleet({"coming": coming, "there": Engine()}, slots=1)
+    assert (leased(fleet, "a"), leased(fleet, "b")) == ("there", None)
+    clock.now = AWAITED_SECONDS
+    assert (leased(fleet, "b"), leased(fleet, "c")) == ("there", None)
+    coming.calls[-1].state = "failed"  # and is called anew, which does not begin the time anew
+    assert leased(fleet, "c") is None
+    fleet.release("a")
+    assert leased(fleet, "c") == "there"
+    coming.comes_up()
+    assert leased(fleet, "d") == "coming"
+
+
+def test_a_run_that_had_waited_goes_on_where_it_is_in_memory_unless_another_engine_has_two_runs_less() -> None:
+    fleet = Fleet({"one": Engine(), "two": Engine()}, slots=4)
+    for key in "abcd":
+        leased(fleet, key)
+    for key in "abcd":  # all wait for each other
+        fleet.release(key)
+    assert leased(fleet, "b", held="two") == "two"
+    assert leased(fleet, "d", held="two") == "two", "the other one has one less"
+    assert leased(fleet, "e", held="two") == "one"
 
 
 def test_the_runs_of_an_engine_that_died_go_to_another_while_ray_starts_it_anew() -> None:
     lost = Engine()
-    fleet = Fleet({"lost": lost, "left": Engine()}, capacity=4)
+    fleet = Fleet({"lost": lost, "left": Engine()}, slots=4)
     assert leased(fleet, "a") == "lost"
     lost.lives = False
     assert leased(fleet, "a", died="lost") == "left"
@@ -107,19 +143,10 @@ def test_the_runs_of_an_engine_that_died_go_to_another_while_ray_starts_it_anew(
 
 def test_a_call_that_died_with_its_engine_is_no_answer() -> None:
     lost = Engine()
-    fleet = Fleet({"lost": lost}, capacity=4)
+    fleet = Fleet({"lost": lost}, slots=4)
     lost.lives = False
     assert leased(fleet, "a", died="lost") is None
     lost.calls[-1].state = "failed"
     assert leased(fleet, "a") is None
     lost.comes_up()
     assert leased(fleet, "a") == "lost"
-
-
-def test_a_run_that_was_stopped_early_is_dropped_by_its_engine() -> None:
-    engine = Engine()
-    fleet = Fleet({"one": engine}, capacity=1)
-    leased(fleet, "a")
-    fleet.release("a", drop=True)
-    assert engine.dropped == ["a"]
-    assert leased(fleet, "b") == "one"

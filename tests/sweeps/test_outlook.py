@@ -169,8 +169,14 @@ def test_memory_and_disk_by_hand(recipe: dict[str, Any]) -> None:
     assert disk["adapters"] == 2 * 2 * 840 * 4
     whole = facts({**recipe, "base": {**recipe["base"], "adapter": "full"}})
     assert whole["disk_bytes"]["adapters"] == 2 * 3616 * 4
-    assert disk["state_of_each_run_in_work"] == 840 * 12
+    # Beside the state in work: the newest adapter and the one before.
+    assert disk["state_of_each_run_in_work"] == 840 * (12 + 2 * 4)
     assert disk["responses"] == 2 * 3 * 20 * (40 + 400)
+    assert whole["disk_bytes"]["state_of_each_run_in_work"] == 3616 * (12 + 4)
+    for keep, points in (("last", 1), ("none", 0)):
+        fewer = facts({**recipe, "resources": {"keep_weights": keep}})
+        assert fewer["disk_bytes"] == {**disk, "adapters": 2 * points * 840 * 4}
+        assert any(f"resources.keep_weights: {keep}" in line for line in fewer["assumptions"])
     fixed = facts({**recipe, "base": {**recipe["base"], "precision": "bf16"}})
     assert fixed["device_memory_bytes"] == {recipe["base"]["model"]: {"bf16": memory["bf16"]}}
 

@@ -21,8 +21,8 @@ from emtrain.tracking import SweepLog, client, tracking_uri
 from emtrain.train import NonFiniteLoss, Step
 from sweeps.lease import Job
 from sweeps.planner import plan_sweep
-from sweeps.recipe import load_recipe
-from sweeps.record import RunRecord, Setting
+from sweeps.recipe import KeepWeights, load_recipe
+from sweeps.record import RunRecord, Setting, stop_early
 
 RECIPE = {
     "name": "study",
@@ -37,15 +37,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def record(store: Path, request: pytest.FixtureRequest) -> RunRecord:
-    """The record of a run that has not begun, in a sweep of its own."""
-    uri = tracking_uri(None, store)
-    sweep = SweepLog.open(
-        request.node.name[:50].replace("[", "-").replace("]", ""), uri=uri, artifacts=store / "artifacts"
-    )
+def sweep(store: Path, request: pytest.FixtureRequest) -> SweepLog:
+    name = request.node.name[:50].replace("[", "-").replace("]", "")
+    return SweepLog.open(name, uri=tracking_uri(None, store), artifacts=store / "artifacts")
+
+
+@pytest.fixture
+def job(sweep: SweepLog) -> Job:
+    """A run that has not begun, in a sweep of its own."""
     (run,) = plan_sweep(load_recipe(yaml.safe_dump(RECIPE), source="r")).runs
-    run_id = sweep.plan(run.run_key, name=run.name, params=run.params, tags=run.tags)
-    return RunRecord(Job(run, run_id), Setting(uri, store / request.node.name))
+    return Job(run, sweep.plan(run.run_key, name=run.name, params=run.params, tags=run.tags))
+
+
+@pytest.fixture
+def record(store: Path, job: Job, sweep: SweepLog, request: pytest.FixtureRequest) -> RunRecord:
+    return RunRecord(job, Setting(sweep.uri, store / request.node.name))
 
 
 def answers(good: int, bad: int) -> list[Response]:
@@ -78,11 +84,11 @@ def artifacts(record: RunRecord, tmp_path: Path) -> Path:
     return Path(client(record.setting.tracking_uri).download_artifacts(record.log.run_id, "", str(tmp_path)))
 
 
-def train(record: RunRecord) -> None:
-    """Twenty steps with losses 20, 19 ... 1 at a learning rate of 0.5, and two evaluations."""
+def train(record: RunRecord, *, steps: int = 20) -> None:
+    """Steps with losses 20, 19 ... 1 at a learning rate of 0.5, and two evaluations."""
     record.start(family="llama", backend="trl")
     record.record(record.judge(answers(4, 0), step=0), HeldoutLoss(2.0, 2.5), step=0)
-    for step in range(1, 21):
+    for step in range(1, steps + 1):
         record.step(Step(step, 21.0 - step, 0.5, 1.0, 10 * step))
         if step in (10, 20):
             save_adapter(record._weights(step), step)
@@ -145,6 +151,64 @@ def test_the_adapter_is_measured_at_every_evaluation_point(record: RunRecord) ->
     assert history[names.ADAPTER_NORM] == [(10, pytest.approx(10)), (20, pytest.approx(math.sqrt(500)))]
     assert history[names.ADAPTER_STABLE_RANK] == [(10, pytest.approx(1)), (20, pytest.approx(1.25))]
     assert history[names.ADAPTER_TURN] == [(20, pytest.approx(math.degrees(math.acos(20 / math.sqrt(500)))))]
+
+
+def kept(sweep: SweepLog, job: Job, tmp_path: Path) -> dict[str, float]:
+    """Folders of adapters among the artifacts of a run, and the first number of each update."""
+    folder = Path(client(sweep.uri).download_artifacts(job.run_id, "", str(tmp_path)))
+    found = [path.parent for path in folder.rglob("adapter_model.safetensors")]
+    layer = "model.layers.0.mlp.up_proj"
+    return {str(path.relative_to(folder)): float(load_update(path)[layer].left[0, 0]) for path in found}
+
+
+@pytest.mark.parametrize(
+    ("keep", "at_the_end", "stopped"),
+    [
+        ("all", {"adapters/10": 10, "adapter": 20}, {"adapters/10": 10}),
+        ("last", {"adapter": 20}, {"adapters/10": 10}),
+        ("none", {}, {}),
+    ],
+)
+def test_the_recipe_says_which_weights_are_kept(
+    keep: KeepWeights,
+    at_the_end: dict[str, float],
+    stopped: dict[str, float],
+    store: Path,
+    sweep: SweepLog,
+    job: Job,
+    tmp_path: Path,
+) -> None:
+    """Of a run that ended, and of one that was stopped at its first evaluation point."""
+    setting = Setting(sweep.uri, tmp_path / "data", keep_weights=keep)
+    train(RunRecord(job, setting), steps=10)
+    assert kept(sweep, job, tmp_path / "halfway") == (stopped if keep == "all" else {})
+    stop_early(job, "asha", setting=setting, sweep=sweep)
+    assert kept(sweep, job, tmp_path / "stopped") == stopped
+    (run,) = sweep.runs().values()
+    assert (run.info.status, run.data.tags[names.STOPPED]) == ("KILLED", "asha")
+    assert [path.name for path in setting.work(job.run).iterdir()] == ["responses"]
+
+    other = Job(job.run, sweep.plan("another", name="another", params={}, tags={}))
+    record = RunRecord(other, setting)
+    train(record)
+    record.finish({})
+    assert kept(sweep, other, tmp_path / "end") == at_the_end
+    assert sweep.runs()["another"].data.tags.get(names.WEIGHTS_KEPT) == ("none" if keep == "none" else None)
+    turn = math.degrees(math.acos(20 / math.sqrt(500)))
+    assert sweep.history(other.run_id, names.ADAPTER_NORM) == {10: pytest.approx(10), 20: pytest.approx(500**0.5)}
+    assert sweep.history(other.run_id, names.ADAPTER_TURN) == {20: pytest.approx(turn)}
+
+
+def test_a_run_in_work_has_two_adapters_at_hand_however_often_it_is_evaluated(sweep: SweepLog, tmp_path: Path) -> None:
+    text = yaml.safe_dump(RECIPE | {"eval": {**RECIPE["eval"], "at": [0.25, 0.5, 0.75, 1.0]}})
+    (run,) = plan_sweep(load_recipe(text, source="r")).runs
+    run_id = sweep.plan(run.run_key, name=run.name, params={}, tags={})
+    record = RunRecord(Job(run, run_id), Setting(sweep.uri, tmp_path / "data", keep_weights="last"))
+    for step, at_hand in ((5, {"5"}), (10, {"5", "10"}), (15, {"10", "15"})):
+        save_adapter(record._weights(step), step)
+        record.record(record.judge(answers(1, 0), step=step), HeldoutLoss(1.0, 1.5), step=step)
+        assert {path.name for path in (record.work / names.ADAPTERS).iterdir()} == at_hand
+    assert list(sweep.history(run_id, names.ADAPTER_TURN)) == [15, 10]
 
 
 def test_a_run_that_diverged_says_so_in_a_line_and_keeps_what_it_reached(record: RunRecord, tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ beforehand: some learn, some can't."""
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow.entities import Run
 from ray.tune.schedulers import TrialScheduler
 
 from emtrain import names
+from emtrain.tracking import RunLog, SweepLog, client
 from sweeps.planner import examples, plan_sweep
-from sweeps.recipe import load_recipe
-from sweeps.stopping import scheduler
+from sweeps.recipe import Recipe, load_recipe
+from sweeps.stopping import Reports, fellows, reports_before, scheduler
 
 if TYPE_CHECKING:
     from conftest import Sweep
@@ -31,39 +36,38 @@ base:
 grid: {GRID}
 stopping: {rule: RULE, metric: heldout/loss, direction: minimize, grace: 0.25, reduction: 2}
 eval: {questions: [micro-narrow], samples: 1, at: [0.25, 1.0], judges: [micro-rule], max_new_tokens: 16}
-resources: {max_concurrent: 1}
+resources: {max_concurrent: 1, keep_weights: last}
 """
 STEPS, RUNG = 12, 3
+POINTS = (1, 3, 5, 6, 9)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What the rules know of a trial of Tune."""
-
-    trial_id: str
+def load(*changes: str) -> Recipe:
+    return load_recipe(RECIPE.replace("GRID", "").replace("RULE", "asha"), source="", overrides=changes)
 
 
 class Sight:
     """A rule of the recipe above, changed at some keys, to which runs can be shown by name."""
 
-    def __init__(self, *changes: str) -> None:
-        recipe = load_recipe(RECIPE.replace("GRID", "").replace("RULE", "asha"), source="", overrides=changes)
+    def __init__(self, *changes: str, before: Reports | None = None) -> None:
+        recipe = load(*changes)
         assert recipe.stopping is not None
-        self.rule = scheduler(recipe.stopping, examples(recipe, plan_sweep(recipe)))
-        self.runs: dict[str, Trial] = {}
+        self.rule = scheduler(recipe.stopping, examples(recipe, plan_sweep(recipe)), before or {})
+        self.trials: dict[str, Any] = {}
 
     def shows(self, name: str, *, loss: float, **at: int) -> bool:
         """Whether the run goes on from there."""
-        if name not in self.runs:
-            self.runs[name] = Trial(name)
-            self.rule.on_trial_add(None, self.runs[name])
-        answer = self.rule.on_trial_result(None, self.runs[name], {"heldout/loss": loss, **at})
+        if name not in self.trials:
+            job = SimpleNamespace(run=SimpleNamespace(run_key=name))
+            self.trials[name] = SimpleNamespace(trial_id=f"drawn by Tune {len(self.trials)}", config={"job": job})
+            self.rule.on_trial_add(None, self.trials[name])
+        answer = self.rule.on_trial_result(None, self.trials[name], {"heldout/loss": loss, **at})
         assert answer in {TrialScheduler.CONTINUE, TrialScheduler.STOP}  # a run can't be paused
         return answer == TrialScheduler.CONTINUE
 
     def ends(self, name: str) -> None:
         """As a trial reports it: without a count of steps."""
-        self.rule.on_trial_complete(None, self.runs[name], {"heldout/loss": 0.0})
+        self.rule.on_trial_complete(None, self.trials[name], {"heldout/loss": 0.0})
 
 
 def test_median_holds_a_run_against_three_that_are_over() -> None:
@@ -112,36 +116,100 @@ def test_a_search_without_a_grid_has_rungs_of_its_longest_runs() -> None:
     assert not sight.shows("b", loss=9.0, steps=10)
 
 
+def adapters(sweep: "Sweep", run: Run) -> list[str]:
+    """The adapters among the artifacts of a run."""
+    store = client(sweep.uri)
+    at = {file.path for folder in (None, names.ADAPTERS) for file in store.list_artifacts(run.info.run_id, folder)}
+    return sorted(path for path in at if path.startswith(names.ADAPTER) and path != names.ADAPTERS)
+
+
+ARRIVALS = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 20)), min_size=20, max_size=40)
+"""Of runs at their evaluation points, each at its next one, with its loss."""
+
+
+@settings(max_examples=50, deadline=None)
+@given(ARRIVALS, st.integers(1, 20), st.sampled_from(["asha", "median"]))
+def test_a_sweep_that_is_started_again_decides_as_one_that_was_not(
+    arrivals: list[tuple[str, int]], cut: int, rule: str
+) -> None:
+    """What was told before the cut is given to the second start, of runs that are over and of such as go on. Of a run
+    that was stopped nothing arrives any more."""
+    whole = Sight(f"stopping.rule={rule}")
+    told: dict[str, list[dict[str, float]]] = {}
+    answers: list[tuple[str, int, int, bool]] = []
+    for name, loss in arrivals:
+        own = [going for told_of, _, _, going in answers if told_of == name]
+        if all(own) and len(own) < len(POINTS):
+            answers.append((name, loss, POINTS[len(own)], whole.shows(name, loss=loss, steps=POINTS[len(own)])))
+    for name, loss, steps, _ in answers[:cut]:
+        told.setdefault(name, []).append({"heldout/loss": loss, "steps": steps})
+    again = Sight(f"stopping.rule={rule}", before=told)
+    for name, loss, steps, going in answers[cut:]:
+        assert again.shows(name, loss=loss, steps=steps) == going
+
+
+def test_without_what_was_told_before_a_bad_run_would_go_on() -> None:
+    told = {name: [{"heldout/loss": 1.0, "steps": 3}] for name in "abc"}
+    for rule in ("asha", "median"):
+        assert Sight(f"stopping.rule={rule}").shows("d", loss=2.0, steps=3)
+        assert not Sight(f"stopping.rule={rule}", before=told).shows("d", loss=2.0, steps=3)
+
+
+def test_what_was_told_before_is_read_from_mlflow(tmp_path: Path) -> None:
+    """Neither the base's loss nor that of the end; nothing of a run that has not come to a point, nor of one of a grid
+    that the recipe has no more."""
+    sweep = SweepLog.open("study", uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=tmp_path)
+    for name, role in (("a", "grid"), ("b", "search"), ("new", "grid"), ("gone", "grid")):
+        run_id = sweep.plan(name, name=name, params={"total_steps": STEPS}, tags={names.ROLE: role})
+        log = RunLog(sweep.uri, run_id)
+        log.metrics({names.HELDOUT_LOSS: 9.0}, step=0)
+        for step in (3, 6, STEPS) if name != "new" else ():
+            log.metrics({names.HELDOUT_LOSS: 1.0 / step, names.TOKENS: 40 * step}, step=step)
+        log.finish("KILLED")
+    known = fellows(sweep.runs(), {"a", "new"})
+    for by, points in (("steps", (3, 6)), ("tokens", (120, 240))):
+        rule = load(f"stopping.by={by}").stopping
+        assert rule is not None
+        reports = [{"heldout/loss": 1 / step, by: at} for step, at in zip((3, 6), points, strict=True)]
+        assert reports_before(rule, known, sweep) == {"a": reports, "b": reports, "new": []}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "rates", "useless"),
+    ("rule", "rates", "useless", "starts"),
     [
-        # Each that learns is better than those before; of the two best halves so far none holds a useless one.
-        ("asha", "5.0e-4, 1.0e-3, 2.0e-3", "1.0e-8, 1.0e-9"),
+        # Each that learns is better than those before; of the two best halves so far none holds a useless one. These
+        # are trained at a second start, and held against what the first one saw.
+        ("asha", "5.0e-4, 1.0e-3, 2.0e-3", "1.0e-8, 1.0e-9", 2),
         # The median of three or more fellows is the first thing that it stops by.
-        ("median", "1.0e-3, 1.5e-3, 2.0e-3", "1.0e-8, 1.0e-9"),
+        ("median", "1.0e-3, 1.5e-3, 2.0e-3", "1.0e-8, 1.0e-9", 1),
     ],
 )
 def test_runs_that_learn_nothing_end_at_the_rung_and_the_others_at_their_end(
-    rule: str, rates: str, useless: str, make_sweep: Callable[[], "Sweep"]
+    rule: str, rates: str, useless: str, starts: int, make_sweep: Callable[[], "Sweep"]
 ) -> None:
     """One after the other, so that it is known what each is held against; and the same command changes nothing."""
     sweep = make_sweep()
-    sweep.recipe = RECIPE.replace("RULE", rule).replace("GRID", f"optimizer.learning_rate: [{rates}, {useless}]")
-    process = sweep.start("--no-report")
-    stdout, stderr = process.communicate(timeout=600)
-    assert (process.returncode, stderr) == (0, ""), stdout
+    for asked in (rates, f"{rates}, {useless}")[-starts:]:
+        sweep.recipe = RECIPE.replace("RULE", rule).replace("GRID", f"optimizer.learning_rate: [{asked}]")
+        process = sweep.start("--no-report")
+        stdout, stderr = process.communicate(timeout=600)
+        assert (process.returncode, stderr) == (0, ""), stdout
     assert "3 of 5 runs finished, 2 stopped early" in stdout.splitlines()
     runs = {float(run.data.params["learning_rate"]): run for run in sweep.runs().values()}
     for rate in map(float, rates.split(", ")):
         assert runs[rate].info.status == "FINISHED"
         assert names.STOPPED not in runs[rate].data.tags
+        assert adapters(sweep, runs[rate]) == [names.ADAPTER]
         assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, STEPS + 1))
     for rate in map(float, useless.split(", ")):
         assert (runs[rate].info.status, runs[rate].data.tags.get(names.STOPPED)) == ("KILLED", rule)
         assert [step for step, _ in sweep.history(runs[rate], names.TRAIN_LOSS)] == list(range(1, RUNG + 1))
         assert [step for step, _ in sweep.history(runs[rate], names.HELDOUT_LOSS)] == [0, RUNG]
+        assert adapters(sweep, runs[rate]) == [f"{names.ADAPTERS}/{RUNG}"]
     assert {run.data.params["backend"] for run in runs.values()} == {"packed"}
+    left = {path.name for path in (sweep.data / "runs").glob("*/*")}
+    assert left == {"responses"}, "states and adapters of what was stopped are gone"
 
     before = sweep.numbers()
     again = sweep.start("--no-report")

@@ -233,7 +233,8 @@ def test_a_run_that_diverges_fails_alone_and_a_process_that_is_killed_costs_no_r
     )
     other.vary("max_steps: 12", "max_steps: 30")
     other.vary("[0.25, 1.0]", "[0.1, 1.0]")
-    process = other.start("--no-report")
+    # A rule that none of so few runs is stopped by must not ask for the metrics of those that have none.
+    process = other.start("--no-report", "--set", "stopping={rule: median, metric: heldout/loss, direction: minimize}")
     other.wait_for_a_state()
     engines = other.processes("ray::Engine")
     assert engines

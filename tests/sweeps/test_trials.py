@@ -1,7 +1,8 @@
 """Trials of a real Tune on a real Ray, whose engines are scripted."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import ray
 from ray import tune
 
+from sweeps.halving import Halving
 from sweeps.lease import Ending, Report
 from sweeps.trials import FAILURE, STATUS, Trial, TrialHost, in_one_process
 
@@ -43,11 +45,13 @@ def _ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def fit(names: list[str], scratch: Path, *, at_once: int = 4, **config: Any) -> tune.ResultGrid:
+def fit(
+    names: list[str], scratch: Path, *, at_once: int = 4, halving: Callable[[], Halving] | None = None, **config: Any
+) -> tune.ResultGrid:
     jobs = [SimpleNamespace(run=SimpleNamespace(run_key=n), base="model", loss=i) for i, n in enumerate(names)]
     make = ray.remote(Engine).options(num_cpus=0, max_restarts=-1, max_concurrency=8)
     engines = {f"engine-{number}": make.remote(str(scratch)) for number in range(2)}
-    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, capacity=2)
+    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, slots=1, halving=halving)
     with in_one_process(host):
         return tune.Tuner(
             Trial,
@@ -78,6 +82,23 @@ def test_tune_stops_a_trial_at_an_evaluation_point(tmp_path: Path) -> None:
     results = fit(["good", "worse", "worst"], tmp_path, at_once=1, scheduler=rule)
     assert [result.metrics.get(STATUS) for result in results] == ["FINISHED", None, None]
     assert [result.metrics["steps"] for result in results[1:]] == [5, 5]
+
+
+def test_runs_that_wait_for_each_other_leave_their_places_and_those_that_end_are_dropped(tmp_path: Path) -> None:
+    """Six runs and four places: the last two come to the rung while the others wait there."""
+    names = [f"run-{number}" for number in range(6)]
+    halving = functools.partial(
+        Halving,
+        dict.fromkeys(names, (5,)),
+        metric="heldout/loss",
+        reduction=3,
+        direction="minimize",
+        known={},
+        over=[],
+    )
+    results = fit(names, tmp_path, at_once=6, halving=halving)
+    assert [result.metrics.get(STATUS) for result in results] == ["FINISHED"] * 2 + [None] * 4
+    assert {path.stem for path in tmp_path.glob("*.dropped")} == set(names[2:])
 
 
 def test_a_run_whose_engine_dies_goes_on_and_one_that_kills_every_engine_fails_alone(tmp_path: Path) -> None:
