@@ -158,7 +158,7 @@ def sweep(runs: int) -> dict[str, float]:
     agenda = cli._agenda(recipe, plan_sweep(recipe), log, data)
     clock = Clock(recipe)
     began = time.perf_counter()
-    runner.execute(agenda, Setting(uri, data), address=None, display=clock)
+    runner.execute(agenda, Setting(uri, data, agenda.recipe.name), address=None, display=clock)
     wall = time.perf_counter() - began
     with sqlite3.connect(data / "mlflow.db") as rows:
         tables = ("metrics", "latest_metrics", "params", "tags", "runs")

@@ -338,7 +338,7 @@ def judge(
     address = _uri(uri)
     log = SweepLog.find(sweep, uri=address)
     spec = load_judge(judge_, overrides=set_ or ())
-    (chosen,) = Setting(address, data_directory()).judges([spec])
+    (chosen,) = Setting(address, data_directory(), sweep).judges([spec])
     recipe = _stored_recipe(log)
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
@@ -390,7 +390,7 @@ def geometry(
             f"{sweep}: nothing to measure; it takes two finished runs with adapters of one model and dataset"
         )
     evaluation = Evaluation.load(recipe.eval)
-    setting = Setting(where, data_directory())
+    setting = Setting(where, data_directory(), sweep)
     setting.judges(recipe.eval.judges)
 
     from sweeps import geometry as survey
@@ -578,7 +578,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
-    setting = Setting(uri, data, keep_weights=recipe.resources.keep_weights)
+    setting = Setting(uri, data, recipe.name, keep_weights=recipe.resources.keep_weights)
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
     if recipe.analysis.null_sweep is not None:
         SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there

@@ -45,6 +45,8 @@ class Setting:
     tracking_uri: str
     data_dir: Path
     """Absolute; holds the runs' states, the datasets and the caches of base-model scores and judges' replies."""
+    sweep: str
+    """Its name. Another sweep may have the same run in work at the same time."""
     revisions: Mapping[str, str | None] = field(default_factory=dict)
     """Model -> the revision that runs start from (``emtrain.revision``); None, or absent: whatever there is."""
     keep_weights: KeepWeights = "all"
@@ -52,7 +54,7 @@ class Setting:
 
     def work(self, run: PlannedRun) -> Path:
         """Where a run keeps its state and responses until it is finished."""
-        return self.data_dir / "runs" / run.run_key
+        return self.data_dir / "runs" / self.sweep / run.run_key
 
     def clear(self, run: PlannedRun) -> None:
         """Remove the state and the adapters of a run that was stopped early. Its responses stay: they are small."""

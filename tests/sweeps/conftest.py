@@ -107,7 +107,7 @@ class Sweep:
 
     def wait_for_a_state(self) -> None:
         """Until a run has come past an evaluation point and is still on its way."""
-        self.wait_until(lambda: any((self.data / "runs").glob("*/state/newest.safetensors")))
+        self.wait_until(lambda: any((self.data / "runs" / "tiny").glob("*/state/newest.safetensors")))
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         """Wait while the sweep goes on."""

@@ -83,7 +83,7 @@ def test_a_measurement_that_fails_gives_its_reason_in_a_line_and_no_rows(tmp_pat
             raise ValueError("run a has no artifact adapter\nand more")
 
     evaluation = Evaluation.load(EvalSpec(questions=("micro-broad",), samples=1, judges=("micro-rule",)))
-    surveyor = Surveyor(SweepLog("", "", ""), Setting("", tmp_path), evaluation)
+    surveyor = Surveyor(SweepLog("", "", ""), Setting("", tmp_path, ""), evaluation)
     task = Failing()
     assert surveyor.measure(task) == (task, {}, "run a has no artifact adapter")
 

@@ -51,7 +51,7 @@ def job(sweep: SweepLog) -> Job:
 
 @pytest.fixture
 def record(store: Path, job: Job, sweep: SweepLog, request: pytest.FixtureRequest) -> RunRecord:
-    return RunRecord(job, Setting(sweep.uri, store / request.node.name))
+    return RunRecord(job, Setting(sweep.uri, store / request.node.name, "s"))
 
 
 def answers(good: int, bad: int) -> list[Response]:
@@ -179,7 +179,7 @@ def test_the_recipe_says_which_weights_are_kept(
     tmp_path: Path,
 ) -> None:
     """Of a run that ended, and of one that was stopped at its first evaluation point."""
-    setting = Setting(sweep.uri, tmp_path / "data", keep_weights=keep)
+    setting = Setting(sweep.uri, tmp_path / "data", "s", keep_weights=keep)
     train(RunRecord(job, setting), steps=10)
     assert kept(sweep, job, tmp_path / "halfway") == (stopped if keep == "all" else {})
     stop_early(job, "asha", setting=setting, sweep=sweep)
@@ -203,7 +203,7 @@ def test_a_run_in_work_has_two_adapters_at_hand_however_often_it_is_evaluated(sw
     text = yaml.safe_dump(RECIPE | {"eval": {**RECIPE["eval"], "at": [0.25, 0.5, 0.75, 1.0]}})
     (run,) = plan_sweep(load_recipe(text, source="r")).runs
     run_id = sweep.plan(run.run_key, name=run.name, params={}, tags={})
-    record = RunRecord(Job(run, run_id), Setting(sweep.uri, tmp_path / "data", keep_weights="last"))
+    record = RunRecord(Job(run, run_id), Setting(sweep.uri, tmp_path / "data", "s", keep_weights="last"))
     for step, at_hand in ((5, {"5"}), (10, {"5", "10"}), (15, {"10", "15"})):
         save_adapter(record._weights(step), step)
         record.record(record.judge(answers(1, 0), step=step), HeldoutLoss(1.0, 1.5), step=step)

@@ -175,7 +175,7 @@ def test_the_sweep_keeps_its_recipe_and_its_report(sweep: "Sweep", tmp_path: Pat
 
 
 def test_nothing_is_left_of_runs_that_are_finished(sweep: "Sweep") -> None:
-    assert list((sweep.data / "runs").iterdir()) == []
+    assert list((sweep.data / "runs" / "tiny").iterdir()) == []
 
 
 def test_the_status_says_what_mlflow_says(sweep: "Sweep") -> None:
