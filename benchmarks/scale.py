@@ -34,7 +34,8 @@ from emeval.responses import Response
 from emtrain.heldout import HeldoutLoss
 from emtrain.tracking import SweepLog
 from emtrain.train import Step
-from sweeps import cli, runner
+from sweeps import runner
+from sweeps.agenda import Agenda
 from sweeps.lease import Job, Report
 from sweeps.planner import plan_sweep
 from sweeps.progress import Board, Display
@@ -155,7 +156,7 @@ def sweep(runs: int) -> dict[str, float]:
     data = Path("emsweep-data").resolve()
     uri = f"sqlite:///{data / 'mlflow.db'}"
     log = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
-    agenda = cli._agenda(recipe, plan_sweep(recipe), log, data)
+    agenda = Agenda.open(recipe, plan_sweep(recipe), log, data_dir=data)
     clock = Clock(recipe)
     began = time.perf_counter()
     runner.execute(agenda, Setting(uri, data, agenda.recipe.name), address=None, display=clock)

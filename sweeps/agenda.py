@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emtrain import names
@@ -16,6 +17,7 @@ from emtrain.tracking import SweepLog, environment_tags
 from sweeps.lease import Job
 from sweeps.planner import Evaluation, PlannedRun, SweepPlan, confirmation, plan_run, run_names
 from sweeps.recipe import Recipe, changed
+from sweeps.search_spec import SearchSpec
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -71,6 +73,34 @@ class Agenda:
             if names.MODEL_REVISION in run.data.tags:
                 found.setdefault(run.data.params["model"], run.data.tags[names.MODEL_REVISION])
         return found
+
+    @classmethod
+    def open(cls, recipe: Recipe, plan: SweepPlan, sweep: SweepLog, *, data_dir: Path) -> "Agenda":
+        """The agenda of a recipe, with its study, where it has a search, in ``data_dir``.
+
+        Raises ``ValueError`` when a sweep to start the search from is not there, or the study is another search's.
+        """
+        agenda = cls(recipe, plan, sweep, None)
+        if recipe.search is not None:
+            agenda.search = agenda._study(recipe.search, f"sqlite:///{data_dir / 'optuna.db'}")
+        return agenda
+
+    def _study(self, spec: SearchSpec, database: str) -> "Search":
+        import optuna
+
+        from sweeps.search import Search
+
+        others = [SweepLog.find(other, uri=self.sweep.uri) for other in spec.warm_start]
+        same_questions = {names.QUESTIONS_SHA256: self.plan.evaluation.questions_tag}
+
+        def warm_start() -> list[tuple[RunSpec, dict[str, float]]]:
+            finished = [run for other in others for run in other.finished(same_questions)]
+            return [(RunSpec.model_validate(content), metrics) for content, metrics in finished]
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = optuna.storages.RDBStorage(database)
+        name, base = self.recipe.name, self.recipe.base
+        return Search(spec, base, name=name, storage=storage, bounds=self.bounds, warm_start=warm_start)
 
     def next(self) -> Job | None:
         """The next job; None while others must end first, or when the sweep is ``over``."""

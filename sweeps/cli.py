@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,9 +25,6 @@ from sweeps.terminal import literal
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from emtrain.spec import RunSpec
-    from emtrain.tracking import SweepLog
-    from sweeps.agenda import Agenda
     from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
 
@@ -187,13 +183,15 @@ def run(
 ) -> None:
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
     from sweeps.planner import plan_sweep
-    from sweeps.recipe import kept_text
+    from sweeps.recipe import kept_text, recipe_text
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
-    failed = _execute(loaded, planned, recipe_text=kept_text(_recipe_text(recipe), set_ or ()), address=address)
+    failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
     if report_:
-        _write_report(loaded.name, uri=loaded.tracking.uri, directory=None)
+        from sweeps.stored import write_report
+
+        _say_report(write_report(loaded.name, uri=_uri(loaded.tracking.uri)))
     if address is None:
         out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
     if failed:
@@ -226,9 +224,10 @@ def submit(
     if recipe is None:
         raise ValueError("say which recipe to submit (R), or which job to stop (--stop ID)")
     from sweeps.planner import missing_datasets, plan_sweep
+    from sweeps.recipe import recipe_text
 
     loaded = _load(recipe, set_)
-    parcel = jobs.Parcel.pack(loaded, _recipe_text(recipe), set_ or ())
+    parcel = jobs.Parcel.pack(loaded, recipe_text(recipe), set_ or ())
     if not missing_datasets(loaded):
         plan_sweep(loaded)  # mistakes are told here and not in a log on the head
     client = jobs.connect(address)
@@ -313,9 +312,13 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
-    path = _write_report(sweep, uri=uri, directory=output, margin=margin, null_sweep=null_sweep, quiet=as_json)
+    from sweeps.stored import write_report
+
+    path = write_report(sweep, uri=_uri(uri), directory=output, margin=margin, null_sweep=null_sweep)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
+    else:
+        _say_report(path)
 
 
 @app.command()
@@ -334,12 +337,13 @@ def judge(
     from sweeps.record import Setting
     from sweeps.rejudge import rejudge
     from sweeps.store import data_directory
+    from sweeps.stored import stored_recipe
 
     address = _uri(uri)
     log = SweepLog.find(sweep, uri=address)
     spec = load_judge(judge_, overrides=set_ or ())
     (chosen,) = Setting(address, data_directory(), sweep).judges([spec])
-    recipe = _stored_recipe(log)
+    recipe = stored_recipe(log)
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
     out.print(
@@ -374,6 +378,7 @@ def geometry(
     from sweeps.planner import Evaluation
     from sweeps.record import Setting
     from sweeps.store import alone, data_directory
+    from sweeps.stored import stored_recipe
 
     if alignment_points in (1, 2):
         raise ValueError(f"--alignment-points {alignment_points}: expected 0, or both ends and at least one between: 3")
@@ -384,7 +389,7 @@ def geometry(
         shown = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
         err.print(f"[yellow]left out:[/] {literal(shown)}: {reason}", highlight=False)
     chosen = run_pairs.choose(loaded, per_group=pairs, seed=seed)
-    recipe = _stored_recipe(log)
+    recipe = stored_recipe(log)
     if chosen.empty or recipe is None:
         raise ValueError(
             f"{sweep}: nothing to measure; it takes two finished runs with adapters of one model and dataset"
@@ -537,40 +542,16 @@ def doctor(uri: UriOption = None, as_json: JsonOption = False) -> None:
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
-    from sweeps.recipe import load_recipe, recipe_path
+    from sweeps.recipe import load_recipe, recipe_path, recipe_text
 
-    path = recipe_path(recipe)
-    return load_recipe(_recipe_text(recipe), source=path.name, overrides=overrides or ())
-
-
-def _stored_recipe(log: "SweepLog") -> "Recipe | None":
-    """The recipe that a sweep was last run with, what was set on the command line included; None for imported runs."""
-    from emtrain import names
-    from sweeps.recipe import kept_overrides, load_recipe
-
-    with tempfile.TemporaryDirectory() as scratch:
-        stored = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
-        if stored is None:
-            return None
-        text = stored.read_text(encoding="utf-8")
-    return load_recipe(text, source=names.RECIPE, overrides=kept_overrides(text))
+    return load_recipe(recipe_text(recipe), source=recipe_path(recipe).name, overrides=overrides or ())
 
 
-def _recipe_text(recipe: str) -> str:
-    from sweeps.recipe import recipe_path
-
-    path = recipe_path(recipe)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{recipe}: not a text file in UTF-8") from None
-
-
-def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, address: str | None) -> int:
+def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str | None) -> int:
     """Run what is left of a sweep; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
-    from sweeps.agenda import is_over
+    from sweeps.agenda import Agenda, is_over
     from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
     from sweeps.record import Setting
@@ -584,8 +565,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, recipe_text: str, addres
         SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
-        sweep.write_text(names.RECIPE, recipe_text)
-        agenda = _agenda(recipe, planned, sweep, data)
+        sweep.write_text(names.RECIPE, text)
+        agenda = Agenda.open(recipe, planned, sweep, data_dir=data)
         done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
         left = [run for run in planned.runs if run.run_key not in done]
         already = len(planned.runs) - len(left)
@@ -656,69 +637,8 @@ def _follow(client: "JobSubmissionClient", job: str, *, again: str, end: str) ->
         raise typer.Exit(130 if ended.status == "STOPPED" else 1)
 
 
-def _agenda(recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", data: Path) -> "Agenda":
-    from sweeps.agenda import Agenda
-
-    agenda = Agenda(recipe, planned, sweep, None)
-    if recipe.search is not None:
-        import optuna
-
-        from emtrain import names
-        from emtrain.spec import RunSpec
-        from emtrain.tracking import SweepLog
-        from sweeps.search import Search
-
-        others = [SweepLog.find(other, uri=sweep.uri) for other in recipe.search.warm_start]
-        same_questions = {names.QUESTIONS_SHA256: planned.evaluation.questions_tag}
-
-        def warm_start() -> "list[tuple[RunSpec, dict[str, float]]]":
-            finished = [run for other in others for run in other.finished(same_questions)]
-            return [(RunSpec.model_validate(spec), metrics) for spec, metrics in finished]
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{data / 'optuna.db'}")
-        agenda.search = Search(
-            recipe.search,
-            recipe.base,
-            name=recipe.name,
-            storage=storage,
-            bounds=agenda.bounds,
-            warm_start=warm_start,
-        )
-    return agenda
-
-
-def _write_report(
-    sweep: str,
-    *,
-    uri: str | None,
-    directory: Path | None,
-    margin: float | None = None,
-    null_sweep: str | None = None,
-    quiet: bool = False,
-) -> Path:
-    from emanalysis import records, report
-    from emanalysis.verdict import MARGIN
-    from emtrain import names
-    from emtrain.tracking import SweepLog
-    from sweeps.recipe import AnalysisSpec, kept_analysis
-    from sweeps.store import data_directory, report_directory
-
-    address, cache = _uri(uri), data_directory() / "records"
-    log = SweepLog.find(sweep, uri=address)
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = log.download(log.parent_run_id, names.RECIPE, Path(scratch))
-        stated = kept_analysis(kept.read_text(encoding="utf-8")) if kept else AnalysisSpec()
-    loaded = records.load(sweep, tracking_uri=address, cache=cache)
-    held_to: dict[str, Any] = {"margin": margin or stated.margin or MARGIN}
-    if reference := null_sweep or stated.null_sweep:
-        held_to["null"] = records.load(reference, tracking_uri=address, cache=cache)
-    target = directory or report_directory(sweep)
-    report.write(loaded, target, title=sweep, arguments={"better_minima": held_to})
-    log.write_directory(target, names.REPORT)
-    if not quiet:
-        out.print(f"report:  [bold]{literal(str(target / 'index.html'))}[/]", highlight=False)
-    return target
+def _say_report(directory: Path) -> None:
+    out.print(f"report:  [bold]{literal(str(directory / 'index.html'))}[/]", highlight=False)
 
 
 def _uri(uri: str | None) -> str:

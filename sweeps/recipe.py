@@ -182,6 +182,14 @@ def recipe_path(recipe: str) -> Path:
     raise ValueError(f"{unknown('recipe', recipe, recipe_names())}; or give the path of a .yaml file")
 
 
+def recipe_text(recipe: str) -> str:
+    """What the file of a recipe says. Raises ``ValueError`` when there is none, or none that is text."""
+    try:
+        return recipe_path(recipe).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{recipe}: not a text file in UTF-8") from None
+
+
 def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from YAML ``text``; ``source`` is what errors call it.
 
