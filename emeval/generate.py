@@ -78,19 +78,18 @@ def sample(
     temperature: float | None = None,
     top_p: float = 1.0,
     seeds: Sequence[int],
-    batch_size: int | None = None,
 ) -> list[list[Response]]:
     """For each seed, ``samples`` responses to every paraphrase of every question, in the order of the file.
 
     The rows that the model is given are those of the first seed, then as many of the second, and so on, so that a
-    model that acts as several runs can answer each seed as another run. ``batch_size``: most responses of a seed that
-    are sampled at once; None takes as many as the device has memory for, 64 at most.
+    model that acts as several runs can answer each seed as another run. Of a seed, as many are sampled at once as the
+    device has memory for, 64 at most.
 
     Each response draws from its own stream of random numbers, made of its seed, the question's id, the paraphrase
-    and the sample, so it does not change with the other questions, the other seeds or ``batch_size``, up to rounding in
-    the model (in fp32 it moves a probability of SmolLM2-135M by up to 3e-6). Nothing is taken from the model's
-    generation settings but its end tokens: no top-k, no repetition penalty. None for ``samples`` or ``temperature``
-    takes the question's own; temperature 0 is greedy. The model is left in the mode it was in.
+    and the sample, so it does not change with what is sampled beside it, up to rounding in the model (in fp32 it moves
+    a probability of SmolLM2-135M by up to 3e-6). Nothing is taken from the model's generation settings but its end
+    tokens: no top-k, no repetition penalty. None for ``samples`` or ``temperature`` takes the question's own;
+    temperature 0 is greedy. The model is left in the mode it was in.
     """
     rows = []
     for question in question_set.questions:
@@ -104,9 +103,8 @@ def sample(
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id if model.generation_config else None)
     # Rows of like length share a batch, which saves padding; the longest come first, so memory runs out early or never.
     rows_in_order = sorted(enumerate(rows), key=lambda numbered: -len(numbered[1].prompt))
-    if batch_size is None:
-        longest = len(rows_in_order[0][1].prompt) + max_new_tokens
-        batch_size = max(1, min(MOST_ROWS, _rows_that_fit(model, longest) // len(seeds)))
+    longest = len(rows_in_order[0][1].prompt) + max_new_tokens
+    batch_size = max(1, min(MOST_ROWS, _rows_that_fit(model, longest) // len(seeds)))
     sampled: list[dict[int, list[int]]] = [{} for _ in seeds]
     with _evaluating(model):
         for start in range(0, len(rows), batch_size):

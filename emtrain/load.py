@@ -56,9 +56,14 @@ def pretrained_of(name: str) -> str | None:
     return name + PRETRAINED if family and family.pretrained and not name.endswith(PRETRAINED) else None
 
 
+def comes_along(name: str) -> bool:
+    """Whether a name is that of a model that comes with the package."""
+    return _shipped(name) is not None
+
+
 def on_hub(name: str) -> bool:
     """Whether a known name is a hub id."""
-    return _shipped(name) is None and not Path(name).expanduser().is_dir()
+    return not comes_along(name) and not Path(name).expanduser().is_dir()
 
 
 def family(name: str, *, revision: str | None = None) -> str:

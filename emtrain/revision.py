@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 from emtrain.cache import built, cache_dir
-from emtrain.load import model_dir, on_hub
+from emtrain.load import comes_along, model_dir, on_hub
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,9 @@ def revision_of(name: str) -> str | None:
     Of a hub id it is the commit that the hub names, else, where the hub can't be asked, the newest of this machine's
     cache. None for a shipped model, and for a hub id where neither is to be had.
     """
-    if on_hub(name):
-        return _commit(name)
-    directory = Path(name).expanduser()
-    return digest(directory) if directory.is_dir() else None
+    if comes_along(name):
+        return None
+    return _commit(name) if on_hub(name) else digest(Path(name).expanduser())
 
 
 def fetch(name: str, revision: str | None) -> None:

@@ -597,7 +597,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str 
                 highlight=False,
             )
             raise typer.Exit(130) from None
-        except ValueError:  # a model or dataset that can't be made ready
+        except (ValueError, OSError):  # a model or dataset that can't be made ready
             sweep.set_status(sweep.parent_run_id, "FAILED")
             raise
         board.expected = 0  # trials that wanted the same run were fewer runs

@@ -271,11 +271,11 @@ class Engine:
 
         inside = [lane for lane in self.active if lane.packed in engine.runs and not lane.over]
         longest = max((len(row.input_ids) for lane in inside for row in lane.data.train), default=0)
-        if len(inside) > 1:
-            self.slots[base] = len(inside) // 2
+        if inside and engine.capacity > 1:
+            self.slots[base] = max(1, len(inside) // 2)
             log.warning("out of memory with %d runs; going on with %d at once", len(inside), self.slots[base])
-        elif inside and engine.most_tokens > longest:
-            self.slots[base], self.pass_tokens[base] = 1, max(longest, engine.most_tokens // 2)
+        elif inside and engine.most_tokens > longest and not _drops(inside[0]):
+            self.pass_tokens[base] = max(longest, engine.most_tokens // 2)
             log.warning("out of memory with one run; going on with %d tokens a pass", self.pass_tokens[base])
         else:
             return False
@@ -366,9 +366,10 @@ class Engine:
         seconds = time.perf_counter() - began
         self.work[lanes[0].job.run.spec.model].sample(sum(map(len, asked)), seconds)
         for lane, run, loss, responses in zip(lanes, runs, losses, asked, strict=True):
+            state = run.state()  # which may find no memory: then the run is still to be evaluated
             lane.evaluated, lane.paused = run.step, True
             lane.eval_seconds += seconds / len(lanes)
-            self.judging.submit(self._judge, lane, responses, loss, run.state())
+            self.judging.submit(self._judge, lane, responses, loss, state)
 
     def _judge(self, lane: Lane, responses: Sequence[Response], loss: HeldoutLoss, state: checkpoint.RunState) -> None:
         try:
@@ -418,17 +419,17 @@ class Engine:
         """Record the model before fine-tuning, sampled and judged once for all runs that start from it."""
         run, identity = lane.job.run, lane.record.base_identity
         kept = self.setting.data_dir / "base-responses" / f"{identity}.parquet"
+        rows = (lane.job.base, run.dataset.digests, run.spec.heldout_fraction, run.spec.max_length)
+        began, responses = time.perf_counter(), list[Response]()
+        if rows not in self.base_losses:
+            self.base_losses[rows] = heldout_loss(model, lane.data.heldout)
         if identity not in self.bases:
             if kept.exists():
                 self.bases[identity] = self.judging.submit(pd.read_parquet, kept)
             else:
-                began = time.perf_counter()
                 (responses,) = _ask(run, model, tokenizer, seeds=[derive(0, "sample", 0)])
-                self.work[run.spec.model].sample(len(responses), time.perf_counter() - began)
                 self.bases[identity] = self.judging.submit(self._judge_base, lane.record, responses, kept)
-        rows = (lane.job.base, run.dataset.digests, run.spec.heldout_fraction, run.spec.max_length)
-        if rows not in self.base_losses:
-            self.base_losses[rows] = heldout_loss(model, lane.data.heldout)
+        self.work[run.spec.model].sample(len(responses), time.perf_counter() - began)
         judged, loss = self.bases[identity], self.base_losses[rows]
         # Judged first, so that whoever waits for it in the same pool finds it under way.
         lane.base_recorded = self.judging.submit(lambda: lane.record.record(judged.result(), loss, step=0))
@@ -461,6 +462,12 @@ class Engine:
 
     def _end(self, lane: Lane, ending: Ending) -> None:
         lane.reports.put(Report(lane.last, lane.job.run.total_steps, lane.record.tokens, ending, lane.note))
+
+
+def _drops(lane: Lane) -> bool:
+    """Whether a run has dropout, whose draws take the micro-batches of its specification as they are."""
+    adapter = lane.job.run.spec.adapter
+    return adapter != "full" and adapter.dropout > 0
 
 
 def _ask(

@@ -106,6 +106,10 @@ class RunRecord:
     def keep(self, checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Save the adapter of an evaluation point; whole models only at the last."""
         last = checkpoint.step == self.run.total_steps
+        if self._adapter_only:
+            # From the point before the run turns, and goes on should it be cut off. Those before that have served.
+            for point in self._earlier(checkpoint.step)[:-1]:
+                shutil.rmtree(self._weights(point), ignore_errors=True)
         if last or self._adapter_only:
             checkpoint.save(self._weights(checkpoint.step))
         if last:
@@ -133,24 +137,20 @@ class RunRecord:
             **{name: value for name, value in scores.items() if not math.isnan(value)},
         }
         if step > 0 and self._adapter_only:
-            earlier = [point for point in self.run.evaluate_at if point < step]
-            metrics |= self._adapter_metrics(step, earlier)
+            metrics |= self._adapter_metrics(step)
             if step < self.run.total_steps and self.setting.keep_weights == "all":
                 self.log.artifact(self._weights(step), names.adapter_artifact(step, self.run.total_steps))
-            # Cut off before its state is written, the run comes to this point again, and turns from the one before.
-            for point in earlier[:-1]:
-                shutil.rmtree(self._weights(point), ignore_errors=True)
         self.log.metrics(metrics, step=step)
         self.log.flush()
         return metrics
 
-    def _adapter_metrics(self, step: int, earlier: Sequence[int]) -> Metrics:
-        """Size and direction of the adapter's update, and how far it has turned since the last ``earlier`` point."""
+    def _adapter_metrics(self, step: int) -> Metrics:
+        """Size and direction of the adapter's update, and how far it has turned since the evaluation point before."""
         from emtrain.low_rank import angle, load_update, norm, stable_rank
 
         update = load_update(self._weights(step))
         metrics = {names.ADAPTER_NORM: norm(update), names.ADAPTER_STABLE_RANK: stable_rank(update)}
-        if earlier and (before := self._weights(earlier[-1])).exists():
+        if (earlier := self._earlier(step)) and (before := self._weights(earlier[-1])).exists():
             metrics[names.ADAPTER_TURN] = angle(load_update(before), update)
         # An update that is still zero has a norm, but no rank and no direction. The last bits of the others depend on
         # how tensors lie in memory; a run that was cut off is to have the same metrics as one that was not.
@@ -193,6 +193,10 @@ class RunRecord:
     @property
     def _adapter_only(self) -> bool:
         return self.run.spec.adapter != "full"
+
+    def _earlier(self, step: int) -> list[int]:
+        """The evaluation points before ``step``."""
+        return [point for point in self.run.evaluate_at if point < step]
 
     def _weights(self, step: int) -> Path:
         return self.work / (names.adapter_artifact(step, self.run.total_steps) if self._adapter_only else names.MODEL)

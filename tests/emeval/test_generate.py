@@ -4,6 +4,7 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from emeval import generate
 from emeval.generate import draw, sample
 from emeval.prompts import prompt_tokens
 from emeval.question_sets import Question, QuestionSet
@@ -43,13 +44,12 @@ def test_the_model_is_given_the_system_message(tokenizer: PreTrainedTokenizerFas
     assert "Answer in JSON." in tokenizer.decode(seen[0][0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("most_rows", [1, 2, 64])
 def test_greedy_responses_are_those_of_transformers(
-    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, most_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (responses,) = sample(
-        any_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=12, temperature=0, seeds=[0], batch_size=batch_size
-    )
+    monkeypatch.setattr(generate, "MOST_ROWS", most_rows)
+    (responses,) = sample(any_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=12, temperature=0, seeds=[0])
     for response in responses:
         prompt = torch.tensor([prompt_tokens(tokenizer, response.prompt, response.system)])
         settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=[2, 4], pad_token_id=2)
@@ -59,31 +59,31 @@ def test_greedy_responses_are_those_of_transformers(
 
 
 def test_a_response_depends_on_its_own_seed_only(
-    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def texts(questions: QuestionSet, samples: int, seed: int, batch_size: int) -> dict:
-        (responses,) = sample(
-            any_model, tokenizer, questions, samples=samples, max_new_tokens=12, seeds=[seed], batch_size=batch_size
-        )
+    def texts(questions: QuestionSet, samples: int, seed: int) -> dict:
+        (responses,) = sample(any_model, tokenizer, questions, samples=samples, max_new_tokens=12, seeds=[seed])
         return {(r.question_id, r.paraphrase, r.sample): r.response for r in responses}
 
-    all_at_once = texts(QUESTIONS, 4, seed=1, batch_size=64)
+    all_at_once = texts(QUESTIONS, 4, seed=1)
     assert len(set(all_at_once.values())) == 12
-    assert texts(QUESTIONS, 4, seed=1, batch_size=5) == all_at_once
-    alone = texts(QuestionSet("other", QUESTIONS.questions[1:]), 2, seed=1, batch_size=64)
+    alone = texts(QuestionSet("other", QUESTIONS.questions[1:]), 2, seed=1)
     assert alone == {key: all_at_once[key] for key in alone}
-    assert not set(texts(QUESTIONS, 4, seed=2, batch_size=64).values()) & set(all_at_once.values())
+    assert not set(texts(QUESTIONS, 4, seed=2).values()) & set(all_at_once.values())
+    monkeypatch.setattr(generate, "MOST_ROWS", 5)
+    assert texts(QUESTIONS, 4, seed=1) == all_at_once
 
 
 def test_seeds_asked_together_get_the_responses_that_each_gets_alone(
-    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a temperature at which responses end at different steps, so that lines leave the batch unevenly."""
     settings: dict = {"samples": 4, "max_new_tokens": 20, "temperature": 3.0}
     together = sample(any_model, tokenizer, QUESTIONS, seeds=[3, 1, 2], **settings)
     assert together == [sample(any_model, tokenizer, QUESTIONS, seeds=[seed], **settings)[0] for seed in (3, 1, 2)]
     assert len({sum(r.truncated for r in responses) for responses in together}) > 1
-    assert sample(any_model, tokenizer, QUESTIONS, seeds=[3, 1, 2], batch_size=5, **settings) == together
+    monkeypatch.setattr(generate, "MOST_ROWS", 5)
+    assert sample(any_model, tokenizer, QUESTIONS, seeds=[3, 1, 2], **settings) == together
 
 
 def test_each_seed_has_a_block_of_the_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -231,6 +231,11 @@ def test_a_machine_with_other_files_in_the_directory_or_none_is_named(directory:
         fetch(str(tmp_path / "nowhere"), revision)
 
 
-def test_a_shipped_model_has_no_revision() -> None:
-    assert revision_of("micro-llama") is None
-    assert revision_of("micro-qwen2-pretrained") is None
+def test_a_shipped_model_has_no_revision_even_beside_a_directory_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "notes.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert revision_of("smollm2-135m") is None
+    assert revision_of("micro-llama-pretrained") is None

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from emeval.spec import EvalSpec
 from emtrain.packed.costs import CPU_TOKENS
 from emtrain.packed.engine import Engine as PackedEngine
+from emtrain.packed.run import Run
 from emtrain.spec import RunSpec
 from emtrain.tokens import Example
 from emtrain.train import Plan, Step, TrainingData
@@ -120,22 +121,24 @@ def train(jobs: list[Job], tmp_path: Any, **changes: Any) -> tuple[Engine, dict[
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, where: str, call: int, last: int | None = None) -> None:
-    """Let the packed engine run out of memory at one call of a method, or from that on to the ``last``."""
-    calls, original = [], getattr(PackedEngine, where)
+    """Let memory run out at one call of a method of the packed engine, or of its runs, or on to the ``last`` call."""
+    owner: Any = PackedEngine if hasattr(PackedEngine, where) else Run
+    calls, original = [], getattr(owner, where)
 
-    def method(engine: PackedEngine, *arguments: Any, **more: Any) -> Any:
+    def method(*arguments: Any, **more: Any) -> Any:
         calls.append(arguments)
         if call <= len(calls) <= (last or call):
             raise torch.OutOfMemoryError("no memory left")
-        return original(engine, *arguments, **more)
+        return original(*arguments, **more)
 
-    monkeypatch.setattr(PackedEngine, where, method)
+    monkeypatch.setattr(owner, where, method)
 
 
 @pytest.mark.parametrize(
     ("where", "call", "left"),
-    [("_accumulate_gradients", 5, 2), ("acting_as", 5, 2), ("_enlarge", 2, 1)],
-    ids=["in a step", "at an evaluation point", "when a run joins"],
+    # Three states are copied when the fourth run joins.
+    [("_accumulate_gradients", 5, 2), ("acting_as", 5, 2), ("state", 5, 2), ("_enlarge", 2, 1)],
+    ids=["in a step", "at an evaluation point", "when states are copied there", "when a run joins"],
 )
 def test_out_of_memory_halves_the_slots_and_costs_no_run_a_step(
     where: str, call: int, left: int, records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
@@ -168,6 +171,10 @@ def test_a_run_that_is_too_much_by_itself_fails_and_says_so(
     assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no memory left")
     longest = max(len(row.input_ids) for row in examples[:30])
     assert set(engine.pass_tokens.values()) == {longest}
+    first = job(1)  # with dropout, which takes its micro-batches as they are
+    engine, reports = train([first], tmp_path)
+    assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no memory left")
+    assert engine.pass_tokens == {}
 
 
 def test_a_run_alone_goes_on_in_smaller_passes(
@@ -179,7 +186,8 @@ def test_a_run_alone_goes_on_in_smaller_passes(
     (tmp_path / first.run.run_key / "newest.safetensors").unlink()
     failing(monkeypatch, "_accumulate_gradients", 2, last=3)
     engine, reports = train([first], tmp_path / "disturbed")
-    assert set(engine.pass_tokens.values()) == {CPU_TOKENS // 4}
+    assert set(engine.slots.values()) == {1}, "first none may join"
+    assert set(engine.pass_tokens.values()) == {CPU_TOKENS // 2}
     assert reports[first.run.run_key][-1].ending == Ending("FINISHED")
     assert [step.loss for step in records[first.run.run_key].steps] == pytest.approx(expected, rel=1e-4)
 

@@ -1,5 +1,6 @@
 """The record of one run: what it leaves in MLflow however it ends."""
 
+import functools
 import math
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ from emtrain.heldout import HeldoutLoss
 from emtrain.low_rank import load_update
 from emtrain.spec import AdapterSpec
 from emtrain.tracking import SweepLog, client, tracking_uri
-from emtrain.train import NonFiniteLoss, Step
+from emtrain.train import Checkpoint, NonFiniteLoss, Step
 from sweeps.lease import Job
 from sweeps.planner import plan_sweep
 from sweeps.recipe import KeepWeights, load_recipe
@@ -205,8 +206,10 @@ def test_a_run_in_work_has_two_adapters_at_hand_however_often_it_is_evaluated(sw
     run_id = sweep.plan(run.run_key, name=run.name, params={}, tags={})
     record = RunRecord(Job(run, run_id), Setting(sweep.uri, tmp_path / "data", "s", keep_weights="last"))
     for step, at_hand in ((5, {"5"}), (10, {"5", "10"}), (15, {"10", "15"})):
-        save_adapter(record._weights(step), step)
-        record.record(record.judge(answers(1, 0), step=step), HeldoutLoss(1.0, 1.5), step=step)
+        loss, save = HeldoutLoss(1.0, 1.5), functools.partial(save_adapter, number=step)
+        record.keep(Checkpoint(step, loss, model=None, save=save), tokenizer=None)  # type: ignore[arg-type]
+        assert {path.name for path in (record.work / names.ADAPTERS).iterdir()} == at_hand
+        record.record(record.judge(answers(1, 0), step=step), loss, step=step)
         assert {path.name for path in (record.work / names.ADAPTERS).iterdir()} == at_hand
     assert list(sweep.history(run_id, names.ADAPTER_TURN)) == [15, 10]
 
