@@ -38,6 +38,12 @@ SHOWN = 200
 """Characters of a wrong value that are repeated to the user."""
 
 
+def gist(error: BaseException) -> str:
+    """What happened, in a line: SQLAlchemy's messages begin with advice and go on with the statement."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+    return lines[0] if lines else type(error).__name__
+
+
 def explain(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
     """A line for each mistake: the dotted path of the key, what was expected and what is there.
 

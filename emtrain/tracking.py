@@ -40,6 +40,7 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from emtrain import names
 from emtrain.lookup import nearest
+from emtrain.mistakes import gist
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def client(uri: str) -> mlflow.MlflowClient:
         opened.search_experiments(max_results=1)
     except Exception as error:
         # The MLflow client wraps what went wrong in many types, by kind of store; all mean the same here.
-        reason = without_password(str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = without_password(gist(error))[:200]
         raise ValueError(
             f"tracking.uri: no MLflow store answers at {without_password(uri)} ({reason}). Start the server, or leave "
             "tracking.uri and MLFLOW_TRACKING_URI unset to use a local file"

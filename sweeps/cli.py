@@ -3,6 +3,7 @@
 Exit codes: 0 all is well, 1 a run failed, 2 the user's mistake, 130 stopped by the user.
 """
 
+import errno
 import json
 import logging
 import os
@@ -67,21 +68,23 @@ def main() -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """A user's mistake is a message and exit code 2, never a traceback."""
+    """A user's mistake is a message and exit code 2, never a traceback; a full disk one and exit code 1."""
     try:
         yield
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             err.print(f"[red]error:[/] {literal(line)}" if not line.startswith(" ") else literal(line), highlight=False)
-        raise SystemExit(2) from None
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise SystemExit(1 if full else 2) from None
     except KeyboardInterrupt:
         err.print("stopped")
         raise SystemExit(130) from None
     except Exception as error:
         if not type(error).__module__.startswith("mlflow."):  # which is not imported to say --help
             raise
-        reason = str(error).splitlines()[0]
-        err.print(f"[red]error:[/] MLflow: {literal(reason)}; what is finished is kept", highlight=False)
+        from emtrain.mistakes import gist
+
+        err.print(f"[red]error:[/] MLflow: {literal(gist(error))}; what is finished is kept", highlight=False)
         raise SystemExit(1) from None
 
 

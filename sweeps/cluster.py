@@ -14,6 +14,7 @@ import yaml
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from emtrain.mistakes import gist
 from emtrain.revision import fetch
 
 AUTOSCALING_CONFIG = Path.home() / "ray_bootstrap_config.yaml"
@@ -143,7 +144,7 @@ def fetch_models(revisions: Mapping[str, str | None], nodes: Sequence[str]) -> N
         try:
             ray.get(call)
         except RayTaskError as error:
-            reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
+            reason = gist(error.cause)
             raise ValueError(f"model {model}: {reason.removeprefix(f'model {model}: ')}") from error
         except RayError:
             continue  # the node left meanwhile, and whoever takes its place asks for itself

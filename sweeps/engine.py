@@ -20,6 +20,7 @@ import pandas as pd
 from emeval.responses import Response
 from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
+from emtrain.mistakes import gist
 from emtrain.seeds import derive
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.inputs import base_model, data_of
@@ -457,7 +458,8 @@ class Engine:
             ending = lane.record.fail(error)
         except Exception as second:
             # The trial must hear of the end all the same, or it would wait for ever.
-            ending = Ending("FAILED", f"{type(error).__name__}: {error}; and MLflow could not be told: {second}")
+            failure = f"{type(error).__name__}: {gist(error)}; and MLflow could not be told: {gist(second)}"
+            ending = Ending("FAILED", failure)
         self._end(lane, ending)
 
     def _end(self, lane: Lane, ending: Ending) -> None:

@@ -20,6 +20,7 @@ from ray.util.actor_pool import ActorPool
 
 from emeval.evaluate import judge_responses
 from emtrain import names
+from emtrain.mistakes import gist
 from emtrain.seeds import derive
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog
@@ -193,7 +194,7 @@ class Surveyor:
             return task, task.measure(self), None
         except Exception as error:
             log.exception("a task failed")
-            return task, {}, (str(error).strip() or type(error).__name__).splitlines()[0]
+            return task, {}, gist(error)
 
     def at(self, place: Place) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainingData]":
         """The base model, its tokenizer and the data of a run. Raises ``ValueError`` when they can't be had."""

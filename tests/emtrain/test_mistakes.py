@@ -1,0 +1,19 @@
+"""Errors of libraries, in the words of users; those of recipes are in ``tests/sweeps/test_recipe.py``."""
+
+import sqlalchemy as sql
+from mlflow.exceptions import MlflowException
+
+from emtrain.mistakes import gist
+
+
+def test_the_gist_of_an_error_is_its_first_line_or_its_kind() -> None:
+    assert gist(ValueError("no room\nfor this")) == "no room"
+    assert gist(MemoryError()) == "MemoryError"
+
+
+def test_of_a_database_it_is_what_the_database_said_not_what_sqlalchemy_advises() -> None:
+    """The error of a full disk, as MLflow passes it on."""
+    told = sql.exc.OperationalError("UPDATE runs", {}, Exception("database or disk is full"))
+    told.add_detail("raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block")
+    assert str(told).startswith("(raised as a result of")
+    assert gist(MlflowException(str(told))) == "(builtins.Exception) database or disk is full"
