@@ -44,6 +44,11 @@ def gist(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def named(error: BaseException) -> str:
+    """``gist`` after the kind of the error."""
+    return ": ".join(dict.fromkeys((type(error).__name__, gist(error))))
+
+
 def explain(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
     """A line for each mistake: the dotted path of the key, what was expected and what is there.
 

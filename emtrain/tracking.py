@@ -68,7 +68,7 @@ def client(uri: str) -> mlflow.MlflowClient:
     """A client for ``uri``. Raises ``ValueError`` when nothing answers there that is an MLflow store."""
     scheme = uri.partition("://")[0].partition("+")[0]
     try:
-        if (database := _database(uri)) is not None:
+        if (database := database_file(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
         # The MLflow client itself would try for two minutes before it says that nobody is there.
         elif scheme in {"http", "https"}:
@@ -94,8 +94,8 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*(?=@)|(?<=password=)[^&\s'\"]*", "***", text)
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a SQLite store."""
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite store, None for any other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
@@ -134,7 +134,7 @@ class SweepLog:
     @classmethod
     def find(cls, name: str, *, uri: str) -> "SweepLog":
         """The existing sweep called ``name``. Raises ``ValueError`` naming the sweeps there are."""
-        database = _database(uri)
+        database = database_file(uri)
         if database is not None and not database.is_file():
             raise ValueError(f"there is no sweep {name!r}: there is no store at {uri} yet")
         store = client(uri)

@@ -190,6 +190,10 @@ def run(
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
+    if address is not None:
+        from sweeps.cluster import check_address
+
+        check_address(address)
     failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
     if report_:
         from sweeps.stored import write_report
@@ -482,9 +486,11 @@ def ui(
         out.print(f"Ray     http://localhost:{tunnel.RAY_PORT}  token in the same file", highlight=False)
         out.print("Ctrl-C closes the tunnel")
         os.execvp(command[0], command)
-    from emtrain.tracking import without_password
+    from emtrain.tracking import database_file, without_password
 
     address = _uri(uri)
+    if (database := database_file(address)) is not None and not database.is_file():
+        raise ValueError(f"there are no sweeps at {address} yet; `emsweep run` makes some, --uri names another store")
     if address.startswith(("http://", "https://")):
         out.print(f"the sweeps are on a server already: {literal(without_password(address))}", highlight=False)
         return

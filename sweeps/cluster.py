@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -95,6 +96,23 @@ def _joining() -> bool:
 
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     return bool(status.get("autoscaler_report", {}).get("pending_nodes"))
+
+
+def check_address(address: str) -> None:
+    """Raise ``ValueError`` when nobody listens at ``address`` (``HOST:PORT``, ``ray://HOST:PORT``).
+
+    Ray itself would try for a minute or more, and write into the terminal meanwhile.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto": Ray looks for one on this machine, and says so when there is none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--address {address}: nobody answers there ({error}). Is it what `ray start` printed, "
+            "and does it let this machine in? To send a sweep to a cluster from outside, use `emsweep submit`"
+        ) from error
 
 
 def check_shared(data_dir: Path) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 from emeval.responses import Response
 from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
-from emtrain.mistakes import gist
+from emtrain.mistakes import gist, named
 from emtrain.seeds import derive
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.inputs import base_model, data_of
@@ -458,8 +458,7 @@ class Engine:
             ending = lane.record.fail(error)
         except Exception as second:
             # The trial must hear of the end all the same, or it would wait for ever.
-            failure = f"{type(error).__name__}: {gist(error)}; and MLflow could not be told: {gist(second)}"
-            ending = Ending("FAILED", failure)
+            ending = Ending("FAILED", f"{named(error)}; and MLflow could not be told: {gist(second)}")
         self._end(lane, ending)
 
     def _end(self, lane: Lane, ending: Ending) -> None:

@@ -23,7 +23,7 @@ from emeval.scores import Judge
 from emeval.spec import JudgeSpec
 from emtrain import names
 from emtrain.heldout import HeldoutLoss
-from emtrain.mistakes import gist
+from emtrain.mistakes import named
 from emtrain.seeds import derive
 from emtrain.tracking import RunLog, SweepLog
 from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step
@@ -187,7 +187,7 @@ class RunRecord:
             ending = Ending("FAILED", str(error))
         else:
             self.log.text("failure.txt", "".join(traceback.format_exception(error)))
-            ending = Ending("FAILED", f"{type(error).__name__}: {gist(error)}")
+            ending = Ending("FAILED", named(error))
         self.log.finish("FAILED", failure=ending.failure)
         return ending
 

@@ -3,12 +3,13 @@
 import sqlalchemy as sql
 from mlflow.exceptions import MlflowException
 
-from emtrain.mistakes import gist
+from emtrain.mistakes import gist, named
 
 
 def test_the_gist_of_an_error_is_its_first_line_or_its_kind() -> None:
     assert gist(ValueError("no room\nfor this")) == "no room"
-    assert gist(MemoryError()) == "MemoryError"
+    assert gist(MemoryError()) == named(MemoryError()) == "MemoryError"
+    assert named(ValueError("no room\nfor this")) == "ValueError: no room"
 
 
 def test_of_a_database_it_is_what_the_database_said_not_what_sqlalchemy_advises() -> None:

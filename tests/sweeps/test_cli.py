@@ -88,6 +88,7 @@ MISTAKES = {
     "no such dataset": (["--set", "base.dataset=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
     "judge without its key": (["--set", "eval.judges=[{name: openai, model: m}]"], "needs a key in the environment"),
     "unreachable MLflow": (["--set", "tracking.uri=http://127.0.0.1:9"], "no MLflow store answers at http://127.0.0.1"),
+    "unreachable Ray": (["--address", "127.0.0.1:9"], "--address 127.0.0.1:9: nobody answers there"),
     "no such null sweep": (["--set", "analysis.null_sweep=luck"], "there is no sweep 'luck'"),
     "warm-up too long": (["--set", "base.schedule.warmup_steps=10"], "warmup_steps is 10 but the run has 10 steps"),
 }
@@ -103,6 +104,13 @@ def test_a_mistake_is_told_and_nothing_is_left_behind(emsweep: Emsweep, home: Pa
     before = sorted(home.rglob("*"))
     arguments, said = MISTAKES[mistake]
     refused(emsweep("run", "tiny.yaml", *arguments), said)
+    assert sorted(home.rglob("*")) == before
+
+
+def test_there_is_nothing_to_browse_before_the_first_sweep(emsweep: Emsweep, home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    refused(emsweep("ui"), f"there are no sweeps at sqlite:///{home / 'emsweep-data' / 'mlflow.db'} yet")
+    refused(emsweep("ui", "--uri", f"sqlite:///{home / 'nowhere' / 'x.db'}"), "--uri names another store")
     assert sorted(home.rglob("*")) == before
 
 
