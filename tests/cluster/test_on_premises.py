@@ -247,7 +247,7 @@ def _statuses(lab: "Lab") -> list[str]:
 
 def _states(lab: "Lab") -> list[Path]:
     """States of runs that have come past their first evaluation."""
-    return list((lab.shared / "runs").glob("*/state/newest.safetensors"))
+    return list((lab.shared / "runs").glob("*/*/state/newest.safetensors"))
 
 
 def _steps(lab: "Lab", run: dict[str, Any], metric: str) -> list[int]:
