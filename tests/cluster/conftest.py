@@ -72,7 +72,8 @@ class Host:
         }
         assigned = [f"{name}={value}" for name, value in environment.items()]
         enter = ["nsenter", "--target", str(first), "--mount", "--pid", "--net", "--uts", f"--wd={ROOT}"]
-        return [*enter, "env", "-i", *assigned, *arguments]
+        # Where the tests themselves run in the background, Ctrl-C is ignored by all that they start.
+        return [*enter, "env", "--default-signal=INT", "-i", *assigned, *arguments]
 
     def run(self, *arguments: str, timeout: float = 120, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a command here to its end; the caller looks at how it ended."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 JUDGE_KEY = "sk-a-key-that-nobody-may-see"
-STEPS = 400
+STEPS = 200
 ON_HEAD = "~/rows.jsonl"
 """As the recipe names it; each host has a home of its own, and only the head's holds the file."""
 OTHER_ROWS = ROOT / "emtrain/datasets/micro-money-good.jsonl"
