@@ -231,7 +231,7 @@ def test_a_sweep_outlives_the_loss_of_a_host(up: "Lab") -> None:
     for run in runs:
         assert run["info"]["status"] == "FINISHED"
         assert _steps(up, run, "train/loss") == list(range(1, STEPS + 1))
-        assert _steps(up, run, "heldout/loss") == [0, 12, 24, 36, 48, 60]
+        assert _steps(up, run, "heldout/loss") == list(range(0, STEPS + 1, STEPS // 5))
 
 
 def test_rows_that_only_the_head_has_reach_the_workers_and_are_fetched_once(up: "Lab") -> None:
