@@ -22,6 +22,9 @@ from emeval.responses import Response
 from emeval.spec import EvalSpec
 from emtrain.seeds import derive
 
+MOST_ROWS = 64
+"""Responses of one seed that are sampled at once, where memory does not set a limit."""
+
 
 def ask(
     model: PreTrainedModel,
@@ -46,10 +49,6 @@ def ask(
         for question_set in question_sets
     ]
     return [list(chain.from_iterable(of_seed)) for of_seed in zip(*parts, strict=True)]
-
-
-MOST_ROWS = 64
-"""Responses of one seed that are sampled at once, where memory does not set a limit."""
 
 
 @dataclass(frozen=True)

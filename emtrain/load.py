@@ -31,7 +31,7 @@ def check_model(name: str) -> None:
 
     Looks at names and ``config.json`` only: no torch, no network, no build.
     """
-    if _shipped(name) is not None:
+    if comes_along(name):
         return
     path = Path(name).expanduser()
     if path.is_dir():

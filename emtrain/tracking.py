@@ -68,7 +68,7 @@ def client(uri: str) -> mlflow.MlflowClient:
     """A client for ``uri``. Raises ``ValueError`` when nothing answers there that is an MLflow store."""
     scheme = uri.partition("://")[0].partition("+")[0]
     try:
-        if (database := database_file(uri)) is not None:
+        if (database := _database(uri)) is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
         # The MLflow client itself would try for two minutes before it says that nobody is there.
         elif scheme in {"http", "https"}:
@@ -94,8 +94,14 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*(?=@)|(?<=password=)[^&\s'\"]*", "***", text)
 
 
-def database_file(uri: str) -> Path | None:
-    """The file of a SQLite store, None for any other store."""
+def made(uri: str) -> bool:
+    """Whether there may be a store: False for a SQLite file that nobody has made yet."""
+    database = _database(uri)
+    return database is None or database.is_file()
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
@@ -134,8 +140,7 @@ class SweepLog:
     @classmethod
     def find(cls, name: str, *, uri: str) -> "SweepLog":
         """The existing sweep called ``name``. Raises ``ValueError`` naming the sweeps there are."""
-        database = database_file(uri)
-        if database is not None and not database.is_file():
+        if not made(uri):
             raise ValueError(f"there is no sweep {name!r}: there is no store at {uri} yet")
         store = client(uri)
         experiment = store.get_experiment_by_name(name)

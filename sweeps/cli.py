@@ -486,10 +486,10 @@ def ui(
         out.print(f"Ray     http://localhost:{tunnel.RAY_PORT}  token in the same file", highlight=False)
         out.print("Ctrl-C closes the tunnel")
         os.execvp(command[0], command)
-    from emtrain.tracking import database_file, without_password
+    from emtrain.tracking import made, without_password
 
     address = _uri(uri)
-    if (database := database_file(address)) is not None and not database.is_file():
+    if not made(address):
         raise ValueError(f"there are no sweeps at {address} yet; `emsweep run` makes some, --uri names another store")
     if address.startswith(("http://", "https://")):
         out.print(f"the sweeps are on a server already: {literal(without_password(address))}", highlight=False)
