@@ -43,6 +43,7 @@ from emtrain.heldout import collate
 from emtrain.order import row_order
 from emtrain.packed.batch import Unit, assemble
 from emtrain.packed.engine import Engine
+from emtrain.packed.frozen import product
 from emtrain.packed.layer import PackedLinear, Route, Router
 from emtrain.spec import AdapterSpec, OptimizerSpec, RunSpec, ScheduleSpec
 from emtrain.tokens import IGNORED, Example
@@ -258,9 +259,9 @@ def loop_over_adapters() -> AbstractContextManager[Any]:
 
     def forward(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         assert layer.router.route is not None
-        index = layer.router.route.index
-        slots = list(range(len(layer.scale_K11))[index]) if isinstance(index, slice) else index.tolist()
-        y: torch.Tensor = _Looped.apply(x, layer.anchor, layer, slots)
+        index, adapters = layer.router.route.index, layer.alone
+        slots = list(range(len(adapters.scale_K11))[index]) if isinstance(index, slice) else index.tolist()
+        y: torch.Tensor = _Looped.apply(x, adapters.anchor, layer, slots)
         return y
 
     return mock.patch.object(PackedLinear, "forward", forward)
@@ -269,12 +270,13 @@ def loop_over_adapters() -> AbstractContextManager[Any]:
 class _Looped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: PackedLinear, slots: list[int]) -> torch.Tensor:
-        y = functional.linear(x, layer.weight, layer.bias)
-        scales = layer.scale_K11.flatten().tolist()
+        y = product(x, layer.weight, layer.bias)
+        adapters, (b_KRO,) = layer.alone, layer.alone.b_KRO
+        scales = adapters.scale_K11.flatten().tolist()
         hidden = []
         for slot, rows, out in zip(slots, x.chunk(len(slots)), y.chunk(len(slots)), strict=True):
-            hidden.append(rows @ layer.a_KRI[slot].T * scales[slot])
-            out += hidden[-1] @ layer.b_KRO[slot]
+            hidden.append(rows @ adapters.a_KSI[slot].T * scales[slot])
+            out += hidden[-1] @ b_KRO[slot]
         ctx.save_for_backward(x, *hidden)
         ctx.layer, ctx.slots, ctx.scales = layer, slots, scales
         return y
@@ -282,15 +284,16 @@ class _Looped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x, *hidden), layer, units = ctx.saved_tensors, ctx.layer, len(ctx.slots)
+        adapters, (b_KRO,), (b_gradient_KRO,) = layer.alone, layer.alone.b_KRO, layer.alone.b_gradients_KRO
         dy = gradients[0].contiguous()
-        dx = dy @ layer.weight if ctx.needs_input_grad[0] else torch.empty_like(x)
+        dx = product(dy, layer.weight.T) if ctx.needs_input_grad[0] else torch.empty_like(x)
         parts = zip(ctx.slots, x.chunk(units), hidden, dy.chunk(units), dx.chunk(units), strict=True)
         for slot, rows, hidden_rows, dy_rows, dx_rows in parts:
-            dhidden = dy_rows @ layer.b_KRO[slot].T * ctx.scales[slot]
-            layer.a_gradient_KRI[slot] += dhidden.flatten(0, 1).T @ rows.flatten(0, 1)
-            layer.b_gradient_KRO[slot] += hidden_rows.flatten(0, 1).T @ dy_rows.flatten(0, 1)
+            dhidden = dy_rows @ b_KRO[slot].T * ctx.scales[slot]
+            adapters.a_gradient_KSI[slot] += dhidden.flatten(0, 1).T @ rows.flatten(0, 1)
+            b_gradient_KRO[slot] += hidden_rows.flatten(0, 1).T @ dy_rows.flatten(0, 1)
             if ctx.needs_input_grad[0]:
-                dx_rows += dhidden @ layer.a_KRI[slot]
+                dx_rows += dhidden @ adapters.a_KSI[slot]
         return dx if ctx.needs_input_grad[0] else None, None, None, None
 
 

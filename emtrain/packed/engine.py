@@ -4,17 +4,19 @@ The rows of all runs go through the same forward and backward passes, each row t
 is a run's own: rows, schedule, optimiser, clipping, loss denominator, generator. Runs join and leave between steps.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Self
 
 import torch
+from torch import nn
 
 from emtrain.checkpoint import RunState
 from emtrain.packed import costs
 from emtrain.packed.batch import Frame, Pass, Unit, assemble, group, index_of
-from emtrain.packed.layer import PackedLinear, Route, Router, replace
+from emtrain.packed.frozen import FrozenLinear
+from emtrain.packed.layer import PackedLinear, Route, Router, Siblings, readers, replace
 from emtrain.packed.loss import token_losses
 from emtrain.packed.packable import adapted_layers
 from emtrain.packed.run import Run
@@ -52,14 +54,19 @@ class Engine:
         self.most_tokens = most_tokens or costs.most_tokens(model, model.device, model.dtype.itemsize)
         self._overhead = costs.overhead_tokens(model, model.device) if overhead is None else overhead
         self._frame = frame
-        self._modules = dict(model.named_modules())
-        self._head = model.get_output_embeddings()
-        self._router = Router()
-        self._hook = self._head.register_forward_pre_hook(self._router.select_positions)
-        self._table = self._install(layers=(), rank=1)
         self._before = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model.requires_grad_(False).eval()
+        self._modules = dict(model.named_modules())
+        self._head = model.get_output_embeddings()
+        # Not those of another kind, which a run that adapts them must be told of.
+        self._linears = {name: module for name, module in self._modules.items() if type(module) is nn.Linear}
+        # Dropout parts siblings, which moves rounding; a frame allows no such influence of one run on another.
+        self._readers = readers(model, self._linears) if frame is None else [[name] for name in self._linears]
+        replace(model, {name: FrozenLinear(linear) for name, linear in self._linears.items()})
+        self._router = Router()
+        self._table = self._install(set(), rank=1)
+        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._router.select_positions)
 
     def step(self, runs: Sequence[Run] | None = None) -> dict[Run, Step | NonFiniteLoss]:
         """One optimiser step of every run, or of ``runs`` alone; the others keep their places and wait.
@@ -160,7 +167,7 @@ class Engine:
     def close(self) -> None:
         """Make the model what it was before. Runs still in the engine are lost."""
         self.runs.clear()
-        replace(self.model, {name: self._modules[name] for name in self._layers})
+        replace(self.model, self._linears)
         self._hook.remove()
         training, parameters = self._before
         self.model.train(training)
@@ -176,21 +183,26 @@ class Engine:
     def _enlarge(self, layers: Sequence[str], rank: int) -> None:
         """Make room for an adapter of this rank on these layers: a new table, into which all runs move."""
         states = [(run, run.state()) for run in self.runs]
-        self._table = self._install({*layers, *self._layers}, max(rank, self._table.rank))
+        self._table = self._install({*layers, *self._table.layers}, max(rank, self._table.rank))
         for run, state in states:
             run.enter(self._table, run.slot, self.model.dtype, state)
 
-    def _install(self, layers: Collection[str], rank: int) -> AdapterTable:
-        linears = {name: module for name, module in self._modules.items() if name in layers}
+    def _install(self, layers: Set[str], rank: int) -> AdapterTable:
+        groups = [
+            {name: self._linears[name] for name in names if name in layers}
+            for names in self._readers
+            if not layers.isdisjoint(names)
+        ]
         table = AdapterTable(
-            {name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+            [{name: (linear.out_features, linear.in_features) for name, linear in group.items()} for group in groups],
             capacity=self.capacity,
             rank=rank,
             dtype=self.model.dtype,
             device=self.model.device,
         )
-        self._layers = {name: PackedLinear(name, linear, table, self._router) for name, linear in linears.items()}
-        replace(self.model, self._layers)
+        for siblings in (Siblings(linears, table) for linears in groups):
+            names = siblings.layers
+            replace(self.model, {name: PackedLinear(name, siblings, table, self._router) for name in names})
         return table
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from emtrain.packed.batch import Dropout, Frame
+from emtrain.packed.frozen import FrozenLinear, product
 from emtrain.packed.table import AdapterTable
 
 # Shapes: K slots of the table, U units (one run's rows) in the pass, N tokens of a unit, B rows of a unit, T tokens of
-# a row, R rank, I inputs and O outputs of the layer. B_k is kept transposed, as (R, O): products over tokens then write
-# whole rows, which is 2 to 12 times faster than the columns of (O, R) on a CPU (32 runs of 32 tokens, rank 8).
+# a row, R rank, S the ranks of all siblings together, I inputs and O outputs of a layer. B_k is kept transposed, as
+# (R, O): products over tokens then write whole rows, which is 2 to 12 times faster than the columns of (O, R) on a CPU
+# (32 runs of 32 tokens, rank 8).
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Route:
     """The positions, in the flattened tokens, that logits are needed at; None for the model's usual logits."""
     dropouts: Sequence[tuple[int, Frame, Dropout]] = ()
     """Of the units that have dropout: place in the pass, own rows and tokens, and how."""
+    ahead: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Input and output of layers that were computed along with a sibling and are not asked for yet."""
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     """Dropout masks by layer: activation checkpointing runs a layer twice and must see the same one."""
 
@@ -57,31 +61,54 @@ class Router:
         return (inputs[0].flatten(0, 1)[self.route.positions_n],)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer and every run's adapter of it. It holds the weights of ``linear`` under the same names."""
+class Siblings:
+    """Adapted layers that read the same input, as query, key and value do, or one by itself.
 
-    def __init__(self, name: str, linear: nn.Linear, table: AdapterTable, router: Router) -> None:
-        super().__init__()
-        self.name, self.router = name, router
-        self.weight, self.bias = linear.weight, linear.bias
-        self.a_KRI, self.b_KRO = table.factors(table.operands_KP, name)
-        self.a_gradient_KRI, self.b_gradient_KRO = table.factors(table.gradients_KP, name)
+    What does not depend on the outputs, the products with the input, is done once for all of them.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], table: AdapterTable) -> None:
+        self.layers, names = layers, list(layers)
+        self.a_KSI, self.b_KRO = table.factors(table.operands_KP, names)
+        self.a_gradient_KSI, self.b_gradients_KRO = table.factors(table.gradients_KP, names)
         self.scale_K11 = table.scale_K11
-        # An input that asks for gradients, so that autograd calls backward where nothing before the layer does.
-        self.anchor = torch.zeros((), device=linear.weight.device, requires_grad=True)
+        # An input that asks for gradients, so that autograd calls backward where nothing before the layers does.
+        self.anchor = torch.zeros((), device=table.values_KP.device, requires_grad=True)
+
+    def outputs(
+        self, x: torch.Tensor, index: slice | torch.Tensor, mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """``(rows, tokens, inputs)`` -> ``(rows, tokens, outputs)`` by layer; ``mask`` is what dropout makes of x."""
+        return dict(zip(self.layers, _Routed.apply(x, self.anchor, mask, self, index), strict=True))
+
+
+class PackedLinear(FrozenLinear):
+    """The layer ``name`` of ``siblings`` and every run's adapter of it."""
+
+    def __init__(self, name: str, siblings: Siblings, table: AdapterTable, router: Router) -> None:
+        super().__init__(siblings.layers[name])
+        self.name, self.siblings, self.router = name, siblings, router
+        self.alone = Siblings({name: siblings.layers[name]}, table)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(rows, tokens, inputs)`` -> ``(rows, tokens, outputs)``."""
         route = self.router.route
         if route is None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        mask = self._dropout_mask(x, route) if route.dropouts else None
-        return _Routed.apply(x, self.anchor, mask, self, route.index)
+            return super().forward(x)
+        if route.dropouts:  # every layer draws its own
+            return self.alone.outputs(x, route.index, self._dropout_mask(x, route))[self.name]
+        read, y = route.ahead.pop(self.name, (None, None))
+        if read is x and y is not None:
+            return y
+        outputs = self.siblings.outputs(x, route.index)
+        y = outputs.pop(self.name)
+        route.ahead.update({name: (x, output) for name, output in outputs.items()})
+        return y
 
     def _dropout_mask(self, x: torch.Tensor, route: Route) -> torch.Tensor:
         """What each input is multiplied by; 1 for runs without dropout."""
         if self.name not in route.masks:
-            units = len(self.scale_K11[route.index])
+            units = len(self.alone.scale_K11[route.index])
             mask_UBTI = x.new_ones(units, len(x) // units, *x.shape[1:])
             for place, frame, dropout in route.dropouts:
                 if self.name in dropout.layers:
@@ -94,7 +121,7 @@ class PackedLinear(nn.Module):
 
 
 class _Routed(torch.autograd.Function):
-    """The layer's arithmetic. Gradients of the factors go straight into the table; autograd never sees the factors."""
+    """The layers' arithmetic. Gradients of the factors go straight into the table; autograd never sees the factors."""
 
     @staticmethod
     def forward(
@@ -102,32 +129,45 @@ class _Routed(torch.autograd.Function):
         x: torch.Tensor,
         anchor: torch.Tensor,
         mask: torch.Tensor | None,
-        layer: PackedLinear,
+        siblings: Siblings,
         index: slice | torch.Tensor,
-    ) -> torch.Tensor:
-        a_URI, b_URO, scale_U11 = layer.a_KRI[index], layer.b_KRO[index], layer.scale_K11[index]
-        y = nn.functional.linear(x, layer.weight, layer.bias)
-        x_UNI = (x if mask is None else x * mask).reshape(len(a_URI), -1, x.shape[-1])
-        hidden_UNR = torch.bmm(x_UNI, a_URI.transpose(1, 2)).mul_(scale_U11)
-        y.view(len(b_URO), -1, y.shape[-1]).baddbmm_(hidden_UNR, b_URO)
-        ctx.save_for_backward(x_UNI, hidden_UNR, mask)
-        ctx.layer, ctx.index, ctx.shape, ctx.factors = layer, index, x.shape, (a_URI, b_URO, scale_U11)
-        return y
+    ) -> tuple[torch.Tensor, ...]:
+        a_USI, scale_U11 = siblings.a_KSI[index], siblings.scale_K11[index]
+        b_URO = [b_KRO[index] for b_KRO in siblings.b_KRO]
+        x_UNI = (x if mask is None else x * mask).reshape(len(a_USI), -1, x.shape[-1])
+        hidden_UNS = torch.bmm(x_UNI, a_USI.transpose(1, 2)).mul_(scale_U11)
+        outputs = []
+        parts = zip(siblings.layers.values(), hidden_UNS.chunk(len(b_URO), dim=2), b_URO, strict=True)
+        for layer, hidden_UNR, b in parts:
+            y = product(x, layer.weight, layer.bias)
+            y.view(len(b), -1, y.shape[-1]).baddbmm_(hidden_UNR, b)
+            outputs.append(y)
+        ctx.save_for_backward(x_UNI, hidden_UNS, mask)
+        ctx.siblings, ctx.index, ctx.shape, ctx.factors = siblings, index, x.shape, (a_USI, b_URO, scale_U11)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x_UNI, hidden_UNR, mask), (a_URI, b_URO, scale_U11) = ctx.saved_tensors, ctx.factors
-        dy_UNO = output_gradients[0].reshape(len(b_URO), -1, b_URO.shape[-1])
-        dhidden_UNR = torch.bmm(dy_UNO, b_URO.transpose(1, 2)).mul_(scale_U11)
-        _add(ctx.layer.a_gradient_KRI, ctx.index, torch.bmm(dhidden_UNR.transpose(1, 2), x_UNI))
-        _add(ctx.layer.b_gradient_KRO, ctx.index, torch.bmm(hidden_UNR.transpose(1, 2), dy_UNO))
+        (x_UNI, hidden_UNS, mask), (a_USI, b_URO, scale_U11) = ctx.saved_tensors, ctx.factors
+        siblings, index = ctx.siblings, ctx.index
+        dy_UNO = [dy.reshape(len(x_UNI), -1, dy.shape[-1]) for dy in output_gradients]
+        dhidden_UNR = [torch.bmm(dy, b.transpose(1, 2)) for dy, b in zip(dy_UNO, b_URO, strict=True)]
+        dhidden_UNS = torch.cat(dhidden_UNR, dim=2).mul_(scale_U11)
+        _add(siblings.a_gradient_KSI, index, torch.bmm(dhidden_UNS.transpose(1, 2), x_UNI))
+        hidden_SUN = hidden_UNS.transpose(1, 2).chunk(len(dy_UNO), dim=1)
+        for b_gradient_KRO, hidden_URN, dy in zip(siblings.b_gradients_KRO, hidden_SUN, dy_UNO, strict=True):
+            _add(b_gradient_KRO, index, torch.bmm(hidden_URN, dy))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy_UNO.flatten(0, 1) @ ctx.layer.weight).view(ctx.shape)
+            pairs = zip(dy_UNO, siblings.layers.values(), strict=True)
+            dx_UNI, *others = (product(dy, layer.weight.T) for dy, layer in pairs)
+            for other in others:
+                dx_UNI += other
             if mask is None:
-                dx.view_as(x_UNI).baddbmm_(dhidden_UNR, a_URI)
+                dx_UNI.baddbmm_(dhidden_UNS, a_USI)
             else:
-                dx.addcmul_(torch.bmm(dhidden_UNR, a_URI).view_as(dx), mask)
+                dx_UNI.addcmul_(torch.bmm(dhidden_UNS, a_USI), mask.view_as(dx_UNI))
+            dx = dx_UNI.view(ctx.shape)
         return dx, None, None, None, None
 
 
@@ -137,6 +177,29 @@ def _add(table_K: torch.Tensor, index: slice | torch.Tensor, gradient_U: torch.T
         table_K[index].add_(gradient_U)
     else:
         table_K.index_add_(0, index, gradient_U.to(table_K.dtype))
+
+
+@torch.no_grad()
+def readers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of ``modules``, together where they read the same tensor, as ``model`` comes to them."""
+    inputs: list[torch.Tensor] = []  # kept, so that no two have the same id
+    found: dict[str, int] = {}
+
+    def note(name: str, read: torch.Tensor) -> None:
+        inputs.append(read)
+        found.setdefault(name, id(read))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
+        for name, module in modules.items()
+    ]
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    together: dict[int | str, list[str]] = {}
+    for name in [*found, *(name for name in modules if name not in found)]:
+        together.setdefault(found.get(name, name), []).append(name)
+    return list(together.values())
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

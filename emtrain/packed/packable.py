@@ -67,8 +67,8 @@ def adapted_layers(modules: Mapping[str, nn.Module], head: nn.Module | None, ada
             f"no such module in the model; its linear layers are {', '.join(known)}"
         )
     for name in layers:
-        if not isinstance(modules[name], nn.Linear):
-            raise ValueError(f"the adapted module {name} is a {type(modules[name]).__name__}, not a linear layer")
+        if type(modules[name]) is not nn.Linear:  # a quantised one, say, multiplies in its own way
+            raise ValueError(f"the adapted module {name} is a {type(modules[name]).__name__}, not a plain linear layer")
         if modules[name] is head:
             raise ValueError(f"the adapted module {name} is the output head, which sees only the response tokens")
     return layers

@@ -2,13 +2,14 @@
 
 ::
 
-              layer 0              layer 1
-              A        B           A        B
-    slot 0    R x I    R x O       R x I    R x O    ...
+              query    key      query    key      output
+              A        A        B        B        A        B
+    slot 0    R x I    R x I    R x O    R x O    R x I    R x O   ...
     slot 1
 
-A row is one vector to clip and to update; a column range of all rows is one operand of a batched product. A run of
-lower rank uses the first rows of each A and B, a run that adapts fewer layers the columns of those; the rest is zero.
+A row is one vector to clip and to update; a column range of all rows is one operand of a batched product. Layers that
+read the same input have their A side by side: one operand. A run of lower rank uses the first rows of each A and B, a
+run that adapts fewer layers the columns of those; the rest is zero.
 """
 
 import math
@@ -20,15 +21,19 @@ from torch import nn
 
 from emtrain.seeds import derive
 
-# Shapes: K slots, P columns, R rank of the table, r rank of a run, I inputs and O outputs of a layer.
+# Shapes: K slots, P columns, R rank of the table, S the ranks of several layers, r rank of a run, I inputs and O
+# outputs of a layer.
 
 
 class AdapterTable:
-    """Values and gradients of ``capacity`` adapters of up to ``rank`` on layers of ``shapes`` (O, I) by name."""
+    """Values and gradients of ``capacity`` adapters of up to ``rank`` on groups of layers, ``(O, I)`` by name.
+
+    The layers of a group have the same number of inputs.
+    """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, int]],
+        groups: Sequence[Mapping[str, tuple[int, int]]],
         *,
         capacity: int,
         rank: int,
@@ -36,12 +41,15 @@ class AdapterTable:
         device: torch.device,
     ) -> None:
         self.rank = rank
-        self._columns: dict[str, tuple[int, int, int]] = {}
+        self.layers = frozenset(layer for shapes in groups for layer in shapes)
+        self._a_columns: dict[str, slice] = {}
+        self._b_columns: dict[str, slice] = {}
         end = 0
-        for layer, (outputs, inputs) in shapes.items():
-            start, middle = end, end + rank * inputs
-            end = middle + rank * outputs
-            self._columns[layer] = (start, middle, end)
+        for shapes in groups:
+            for layer, (_, inputs) in shapes.items():
+                self._a_columns[layer] = slice(end, end := end + rank * inputs)
+            for layer, (outputs, _) in shapes.items():
+                self._b_columns[layer] = slice(end, end := end + rank * outputs)
         # As in PEFT, adapters on a half-precision base are kept and updated in fp32.
         self.values_KP = torch.zeros(capacity, end, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.gradients_KP = torch.zeros_like(self.values_KP)
@@ -49,15 +57,18 @@ class AdapterTable:
         # What the layers multiply by: the values themselves, or their copy in the base's dtype.
         self.operands_KP = self.values_KP.to(dtype)
 
-    def factors(self, rows: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one layer's A ``(..., R, I)`` and B, transposed, ``(..., R, O)`` in ``rows``, ``(..., P)``."""
-        start, middle, end = self._columns[layer]
-        a, b_transposed = rows[..., start:middle], rows[..., middle:end]
-        return a.unflatten(-1, (self.rank, -1)), b_transposed.unflatten(-1, (self.rank, -1))
+    def factors(self, rows: torch.Tensor, layers: Sequence[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Views of one layer, or of several neighbours of a group, in ``rows``, ``(..., P)``.
+
+        The A of all, one below the other, ``(..., S, I)``, and the B of each, transposed, ``(..., R, O)``.
+        """
+        a_rows = rows[..., self._a_columns[layers[0]].start : self._a_columns[layers[-1]].stop]
+        b_rows = [rows[..., self._b_columns[layer]] for layer in layers]
+        return a_rows.unflatten(-1, (len(layers) * self.rank, -1)), [b.unflatten(-1, (self.rank, -1)) for b in b_rows]
 
     def covers(self, layers: Sequence[str], rank: int) -> bool:
         """Whether an adapter of this rank on these layers has room in a row."""
-        return rank <= self.rank and self._columns.keys() >= set(layers)
+        return rank <= self.rank and self.layers >= set(layers)
 
     def fill(self, slot: int, row_P: torch.Tensor, scale: float) -> None:
         """Set a whole row and the scale of its adapter."""
@@ -107,7 +118,7 @@ class AdapterRow:
             return dict.fromkeys(self.names, row_P)
         matrices = []
         for layer in self.layers:
-            a_RI, b_RO = self.table.factors(row_P, layer)
+            a_RI, (b_RO,) = self.table.factors(row_P, [layer])
             matrices += [a_RI[: self.rank], b_RO[: self.rank].T]
         return dict(zip(self.names, matrices, strict=True))
 

@@ -11,7 +11,7 @@ from emtrain.packed.optimizer import RowOptimizer
 from emtrain.packed.table import AdapterRow, AdapterTable
 from emtrain.spec import OptimizerSpec
 
-SHAPES = {"first": (4, 3), "second": (5, 4), "third": (3, 3)}
+GROUPS = [{"first": (4, 3)}, {"second": (5, 4)}, {"third": (3, 3)}]
 OPTIMIZERS: list[dict[str, Any]] = [
     {
         "name": "adamw",
@@ -32,7 +32,7 @@ each_optimizer = pytest.mark.parametrize("arguments", OPTIMIZERS, ids=lambda arg
 
 def make_row(slot: int, *, rank: int = 3) -> AdapterRow:
     """An adapter of rank 2 on two of three layers, in a table of ``rank``."""
-    table = AdapterTable(SHAPES, capacity=3, rank=rank, dtype=torch.float32, device=torch.device("cpu"))
+    table = AdapterTable(GROUPS, capacity=3, rank=rank, dtype=torch.float32, device=torch.device("cpu"))
     return AdapterRow(table, slot, ["first", "second"], rank=2)
 
 

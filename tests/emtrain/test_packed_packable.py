@@ -29,7 +29,7 @@ def test_lora_on_a_plain_model_is_packed() -> None:
         (LlamaConfig(**SMALL, attention_dropout=0.1), "dropout of its own (attention_dropout 0.1)"),
         (
             GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-            "transformer.h.0.attn.c_attn is a Conv1D, not a linear layer",
+            "transformer.h.0.attn.c_attn is a Conv1D, not a plain linear layer",
         ),
     ],
     ids=["quantised", "experts", "dropout", "conv1d"],
@@ -51,7 +51,7 @@ def test_full_fine_tuning_is_refused() -> None:
             "c_attn: no such module in the model; its linear layers are down_proj, gate_proj, k_proj, lm_head",
         ),
         (["lm_head", "q_proj"], "lm_head is the output head"),
-        (["embed_tokens"], "model.embed_tokens is a Embedding, not a linear layer"),
+        (["embed_tokens"], "model.embed_tokens is a Embedding, not a plain linear layer"),
     ],
 )
 def test_targets_that_are_no_hidden_linear_layers_are_refused(targets: list[str], reason: str) -> None:

@@ -11,11 +11,11 @@ from emtrain.packed.packable import adapted_layers
 from emtrain.packed.table import AdapterRow, AdapterTable, initial_matrices
 from emtrain.spec import AdapterSpec
 
-SHAPES = {"first": (2, 3), "second": (4, 2)}
+GROUPS = [{"first": (2, 3)}, {"second": (4, 2)}]
 
 
 def make_table(dtype: torch.dtype = torch.float32) -> AdapterTable:
-    return AdapterTable(SHAPES, capacity=3, rank=2, dtype=dtype, device=torch.device("cpu"))
+    return AdapterTable(GROUPS, capacity=3, rank=2, dtype=dtype, device=torch.device("cpu"))
 
 
 def test_a_row_holds_the_factors_of_each_layer_in_turn() -> None:
@@ -23,7 +23,7 @@ def test_a_row_holds_the_factors_of_each_layer_in_turn() -> None:
     table = make_table()
     assert table.values_KP.shape == (3, 22)
     table.values_KP[1] = torch.arange(22.0)
-    a, b = table.factors(table.values_KP, "first")
+    a, (b,) = table.factors(table.values_KP, ["first"])
     assert a[1].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert b[1].tolist() == [[6, 7], [8, 9]]
     matrices = AdapterRow(table, 1, ["second"], rank=1).split(table.values_KP[1])
@@ -31,6 +31,19 @@ def test_a_row_holds_the_factors_of_each_layer_in_turn() -> None:
         "base_model.model.second.lora_A.default.weight": [[10, 11]],
         "base_model.model.second.lora_B.default.weight": [[14], [15], [16], [17]],
     }
+
+
+def test_layers_of_a_group_have_their_factors_a_side_by_side() -> None:
+    """Of 2 * 2 + 2 * 2 columns for both A, then 2 * 3 and 2 * 1 for each B, then what belongs to the last layer."""
+    groups = [{"query": (3, 2), "key": (1, 2)}, {"last": (1, 1)}]
+    table = AdapterTable(groups, capacity=1, rank=2, dtype=torch.float32, device=torch.device("cpu"))
+    a, (b_query, b_key) = table.factors(torch.arange(20.0), ["query", "key"])
+    assert a.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert b_query.tolist() == [[8, 9, 10], [11, 12, 13]]
+    assert b_key.tolist() == [[14], [15]]
+    a_key, _ = table.factors(torch.arange(20.0), ["key"])
+    assert a_key.tolist() == [[4, 5], [6, 7]]
+    assert table.factors(torch.arange(20.0), ["last"])[0].tolist() == [[16], [17]]
 
 
 def test_join_undoes_split_and_leaves_zeros_elsewhere() -> None:

@@ -1,0 +1,37 @@
+"""Products with frozen weights, against torch's own linear layer in double precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from emtrain.packed.frozen import FrozenLinear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 6), (33, 6), (2, 5, 6)], ids=str)
+def test_a_frozen_layer_and_its_gradient_are_those_of_the_linear_layer(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 7, bias=bias).to(dtype).requires_grad_(False)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weights = torch.randn(*shape[:-1], 7, dtype=dtype)
+    y = FrozenLinear(linear)(x)
+    (y * weights).sum().backward()
+
+    exact = x.detach().double().requires_grad_()
+    expected = linear.double()(exact)
+    (expected * weights.double()).sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_that_is_not_contiguous_is_taken_as_it_is() -> None:
+    torch.manual_seed(0)
+    layer = FrozenLinear(nn.Linear(6, 4).requires_grad_(False))
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    layer(x).transpose(1, 2).backward(dy := torch.randn(3, 4, 5))
+    torch.testing.assert_close(x.grad, dy.transpose(1, 2) @ layer.weight)
