@@ -36,6 +36,7 @@ from emtrain.tracking import SweepLog
 from emtrain.train import Step
 from sweeps import runner
 from sweeps.agenda import Agenda
+from sweeps.connection import connected
 from sweeps.lease import Job, Report
 from sweeps.planner import plan_sweep
 from sweeps.progress import Board, Display
@@ -159,7 +160,8 @@ def sweep(runs: int) -> dict[str, float]:
     agenda = Agenda.open(recipe, plan_sweep(recipe), log, data_dir=data)
     clock = Clock(recipe)
     began = time.perf_counter()
-    runner.execute(agenda, Setting(uri, data, agenda.recipe.name), address=None, display=clock)
+    with connected(None):
+        runner.execute(agenda, Setting(uri, data, agenda.recipe.name), address=None, display=clock)
     wall = time.perf_counter() - began
     with sqlite3.connect(data / "mlflow.db") as rows:
         tables = ("metrics", "latest_metrics", "params", "tags", "runs")

@@ -6,6 +6,7 @@ and the slot goes to the next. Runs that can't share a base with others are trai
 """
 
 import functools
+import gc
 import logging
 import threading
 import time
@@ -22,6 +23,8 @@ from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
 from emtrain.mistakes import gist, named
 from emtrain.seeds import derive
+from emtrain.spec import RunSpec
+from emtrain.tracking import client
 from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
 from sweeps.inputs import base_model, data_of
 from sweeps.lane import Lane
@@ -48,17 +51,26 @@ class Engine:
     """Trains runs, up to ``capacity`` at once. Made as a Ray actor with a thread for every trial that may ask.
 
     ``heaviest``: base -> the run by which to measure how many are worth packing; on a base that is not there it is as
-    many as possible. ``backend``: ``auto`` packs what can be packed, ``trl`` trains every run alone.
+    many as possible. ``only_base``: the one that all runs start from, which is loaded at once; None where there are
+    several. ``backend``: ``auto`` packs what can be packed, ``trl`` trains every run alone.
     """
 
     def __init__(
-        self, setting: Setting, *, capacity: int, heaviest: Mapping[tuple[str, str], PlannedRun], backend: Backend
+        self,
+        setting: Setting,
+        *,
+        capacity: int,
+        heaviest: Mapping[tuple[str, str], PlannedRun],
+        only_base: tuple[str, str] | None,
+        backend: Backend,
     ) -> None:
         self.setting, self.capacity, self.heaviest, self.backend = setting, capacity, heaviest, backend
         self.slots: dict[tuple[str, str], int] = {}
         """Base -> how many runs train on it at once."""
         self.pass_tokens: dict[tuple[str, str], int] = {}
         """Base -> most tokens of a pass, where its first guess was too many."""
+        self.notes: dict[tuple[str, Any], str | None] = {}
+        """Model and adapter -> why runs with them train alone; None where they are packed."""
         self.lanes: dict[str, Lane] = {}
         self.waiting: deque[Lane] = deque()
         self.active: list[Lane] = []
@@ -72,7 +84,27 @@ class Engine:
         self.base_losses: dict[tuple[Any, ...], HeldoutLoss] = {}
         self.work: defaultdict[str, Work] = defaultdict(Work)
         """By model."""
+        threading.Thread(target=self._prepare, args=(only_base,), name="preparing", daemon=True).start()
         threading.Thread(target=self._train_forever, name="training", daemon=True).start()
+
+    def _prepare(self, base: tuple[str, str] | None) -> None:
+        """What the first run would wait for: some 4 s of imports, the store, and its base where that is known."""
+        # Imports make half a million objects that stay; to go through them again and again takes a quarter of the time.
+        gc.disable()
+        try:
+            with self.loading:
+                import peft  # noqa: F401
+
+                import emtrain.packed.engine  # noqa: F401
+
+                if base is not None:
+                    self._base(base)
+            client(self.setting.tracking_uri)
+        except Exception as error:
+            log.info("the first run will be told: %s", error)
+        finally:
+            gc.enable()
+            gc.freeze()
 
     def packing(self, base: tuple[str, str]) -> "Packing | None":
         """How many runs on ``base`` to train at once, as measured here; None for a base that can't be used."""
@@ -125,7 +157,7 @@ class Engine:
         try:
             with self.loading:
                 lane.data = self._data(job.run)
-                lane.note = self._why_alone(job)
+                lane.note = self._why_alone(job.run.spec)
                 architecture = family(job.run.spec.model, revision=self._revision(job.run.spec.model))
             record.start(family=architecture, backend="trl" if self._alone(lane) else "packed")
         except Exception as error:
@@ -136,14 +168,15 @@ class Engine:
             self.changed.notify_all()
         return lane
 
-    def _why_alone(self, job: Job) -> str | None:
+    def _why_alone(self, spec: RunSpec) -> str | None:
         from emtrain.load import load_config
         from emtrain.packed.packable import why_not_packed
 
         if self.backend == "trl":
             return None
-        spec = job.run.spec
-        return why_not_packed(spec, load_config(spec.model, revision=self._revision(spec.model)))
+        if (kind := (spec.model, spec.adapter)) not in self.notes:
+            self.notes[kind] = why_not_packed(spec, load_config(spec.model, revision=self._revision(spec.model)))
+        return self.notes[kind]
 
     def _base(self, base: tuple[str, str]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         return base_model(*base, self._revision(base[0]))

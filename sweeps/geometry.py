@@ -25,11 +25,11 @@ from emtrain.seeds import derive
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog
 from sweeps import cluster
+from sweeps.connection import connected
 from sweeps.inputs import base_model, data_of
 from sweeps.lease import base_of
 from sweeps.planner import Evaluation
 from sweeps.record import Setting
-from sweeps.runner import connect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -323,8 +323,7 @@ def survey(
     """
     if not tasks:
         return
-    connect(address)
-    try:
+    with connected(address):
         capacity = cluster.Capacity.of(ray.cluster_resources()) if address is None else cluster.capacity()
         make = ray.remote(Surveyor).options(
             num_cpus=1, num_gpus=capacity.gpus_per_engine, max_restarts=-1, max_task_retries=DEATHS
@@ -336,8 +335,6 @@ def survey(
             task, measured, failure = pool.get_next_unordered()
             _keep(sweep, kept, measured)
             yield task, failure
-    finally:
-        ray.shutdown()
 
 
 def _keep(sweep: SweepLog, kept: Tables, measured: Tables) -> None:

@@ -2,24 +2,11 @@
 
 import functools
 import json
-import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
-
-# Before Ray is imported. Its defaults report usage, print tables of their own, turn token authentication on for a
-# cluster of one, and move every trial into a directory where the user's relative paths lead nowhere.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# A sweep goes on from MLflow, never from Tune's snapshots, which take up to a twentieth of the time.
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray
 from ray import tune
@@ -33,7 +20,7 @@ from sweeps.agenda import Agenda, is_over
 from sweeps.content import keep_datasets, pinned
 from sweeps.engine import Engine
 from sweeps.halving import Halving, rung_steps
-from sweeps.lease import Job
+from sweeps.lease import Job, base_of
 from sweeps.packing import heaviest, measured
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
@@ -42,19 +29,17 @@ from sweeps.record import Setting, stop_early
 from sweeps.stopping import fellows, reports_before, scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
-OBJECT_STORE_BYTES = 150 * 2**20
-"""Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
-
 
 class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
 def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: Display) -> None:
-    """Train what the agenda gives out, on the Ray at ``address`` or on one of this process's own when None.
+    """Train what the agenda gives out, on the Ray that this process is connected to, and leave that.
 
-    Models and datasets are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED;
-    they go on at the next call. Raises ``ValueError`` when a model or dataset can't be made ready.
+    ``address`` is where it is, None for one of this process's own. Models and datasets are made ready first. Raises
+    ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go on at the next call. Raises
+    ``ValueError`` when a model or dataset can't be made ready.
     """
     runs = examples(agenda.recipe, agenda.plan)
     keep_datasets(runs, setting.data_dir)
@@ -66,7 +51,6 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
                 "on meanwhile, later runs start from other weights"
             )
     agenda.revisions, setting = revisions, replace(setting, revisions=revisions)
-    connect(address)
     try:
         if address is None:
             capacity = cluster.Capacity.of(ray.cluster_resources())
@@ -90,17 +74,6 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
         raise Interrupted(f"{len(agenda.out)} runs were in work")
 
 
-def connect(address: str | None) -> None:
-    """Join the Ray at ``address``; None starts one of this process's own."""
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is not None:
-        ray.init(address=address, **quiet)
-    else:
-        # Keeps a Ray of one machine on the loopback interface.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-
-
 def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
     wanted = agenda.recipe.resources
     # No more than there are runs: each may make a cloud start a machine.
@@ -112,9 +85,17 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         most = min(most, math.ceil(wanted.max_concurrent / count))
     if runs is not None:
         most = min(most, math.ceil(runs / count))  # so that every engine has some
-    yardsticks = heaviest(examples(agenda.recipe, agenda.plan)) if wanted.pack == "auto" and most > 1 else {}
+    samples = examples(agenda.recipe, agenda.plan)
+    bases = {base_of(run.spec) for run in samples}
+    yardsticks = heaviest(samples) if wanted.pack == "auto" and most > 1 else {}
     stopping = agenda.recipe.stopping
     halving = stopping is not None and stopping.rule == "halving"
+
+    def concurrent(packed: int) -> int:
+        # While one half is being judged and Tune makes up its mind, the other trains.
+        trials = 2 * count * packed if wanted.max_concurrent == "auto" else wanted.max_concurrent
+        return max(trials, len(agenda.plan.runs)) if halving else trials  # all are to come to a rung
+
     make = ray.remote(Engine).options(
         # Ray starts an engine that dies anew, on another node where its own is lost.
         num_cpus=1,
@@ -122,17 +103,17 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         max_restarts=-1,
         max_concurrency=4 * count * most + 4,
     )
+    only_base = bases.pop() if len(bases) == 1 else None
     engines = {
-        f"engine-{number}": make.remote(setting, capacity=most, heaviest=yardsticks, backend=wanted.backend)
+        f"engine-{number}": make.remote(
+            setting, capacity=most, heaviest=yardsticks, only_base=only_base, backend=wanted.backend
+        )
         for number in range(count)
     }
+    make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent(most) + 4)
+    host = make_host.remote(engines, slots=most, halving=_halving(agenda) if halving else None)
     packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
-    # While one half is being judged and Tune makes up its mind, the other trains.
-    concurrent = 2 * count * packed if wanted.max_concurrent == "auto" else wanted.max_concurrent
-    if halving:
-        concurrent = max(concurrent, len(agenda.plan.runs))  # all are to come to a rung
-    make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent + 4)
-    host = make_host.remote(engines, slots=packed, halving=_halving(agenda) if halving else None)
+    ray.get(host.pack.remote(packed))
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
@@ -140,7 +121,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
                 search_alg=_Source(agenda, setting, display),
                 num_samples=-1,  # until the source says that it is over
                 scheduler=None if stopping is None or halving else _scheduler(agenda, stopping),
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=concurrent(packed),
             ),
             run_config=tune.RunConfig(
                 name=agenda.recipe.name,

@@ -118,8 +118,8 @@ class Trial(tune.Trainable):
 
 
 class TrialHost:
-    """The process that all trials share, with the leases of the engines, which train ``slots`` runs at once each. Made
-    as a Ray actor with threads.
+    """The process that all trials share, with the leases of the engines, which train ``slots`` runs at once each until
+    ``pack`` says otherwise. Made as a Ray actor with threads.
 
     ``halving`` makes, in that process, what lets runs wait for each other; None where they do not.
     """
@@ -129,6 +129,10 @@ class TrialHost:
         self.halving = halving() if halving else None
         self.trials: dict[int, tune.Trainable] = {}
         self.lock = threading.Lock()
+
+    def pack(self, runs: int) -> None:
+        """Each engine trains so many runs at once."""
+        self.fleet.slots = runs
 
     def create(self, place: int, trainable: dict[str, Any]) -> None:
         """Make a trial from what Tune would give its process."""

@@ -80,7 +80,7 @@ def records(
         return made.setdefault(job.run.run_key, Record(job.run, plan))
 
     monkeypatch.setattr(module, "RunRecord", record)
-    monkeypatch.setattr(Engine, "_why_alone", lambda engine, job: None)
+    monkeypatch.setattr(Engine, "_why_alone", lambda engine, spec: None)
     monkeypatch.setattr(module, "base_model", lambda *base: (make_model(), words))
     monkeypatch.setattr(module, "_ask", lambda run, model, tokenizer, *, seeds: [[] for _ in seeds])
     monkeypatch.setattr(module, "data_of", lambda *given, **where: TrainingData(examples[:30], examples[30:]))
@@ -103,10 +103,15 @@ def job(seed: int, **changes: Any) -> Job:
     return Job(plan_run(RunSpec.model_validate(content), Evaluation.load(asked), name=f"run {seed}"), "id")
 
 
+def make_engine(data_dir: Any, **changes: Any) -> Engine:
+    arguments = {"capacity": 4, "heaviest": {}, "only_base": None, "backend": "packed", **changes}
+    setting: Any = SimpleNamespace(data_dir=data_dir, revisions={}, tracking_uri="nowhere://")
+    return Engine(setting, **arguments)
+
+
 def train(jobs: list[Job], tmp_path: Any, **changes: Any) -> tuple[Engine, dict[str, list[Report]]]:
     """Train to the end, each run asked for by a thread of its own; the engine and the reports by run key."""
-    arguments = {"capacity": 4, "heaviest": {}, "backend": "packed", **changes}
-    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), **arguments)  # type: ignore[arg-type]
+    engine = make_engine(tmp_path, **changes)
     lanes = [engine._enter(job) for job in jobs]  # all are there before the first asks
 
     def ask(job: Job, lane: Lane) -> list[Report]:
@@ -208,7 +213,7 @@ def test_a_neighbour_that_diverges_fails_alone(records: dict[str, Record], tmp_p
 
 
 def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record], tmp_path: Any) -> None:
-    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    engine = make_engine(tmp_path, capacity=1)
     stopped, following = job(0), job(1)
     assert engine.advance(stopped).steps == 3
     waiting = engine._enter(following)
@@ -235,7 +240,7 @@ def test_a_run_that_is_being_judged_does_not_hold_the_only_slot(
         return judge(record, responses, step=step)
 
     monkeypatch.setattr(Record, "judge", slow)
-    engine = Engine(SimpleNamespace(data_dir=tmp_path, revisions={}), capacity=1, heaviest={}, backend="packed")  # type: ignore[arg-type]
+    engine = make_engine(tmp_path, capacity=1)
     lane = engine._enter(first)
     assert engine.advance(second).steps == 3
     assert lane.reports.empty()
@@ -271,3 +276,28 @@ def test_a_base_that_cannot_be_measured_is_no_reason_to_stop(
     engine, reports = train([first], tmp_path, heaviest={first.base: first.run})
     assert engine.packing(first.base) is None
     assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no such model")
+
+
+def test_an_engine_loads_the_only_base_before_a_run_asks_for_it(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = module.base_model, Event()
+
+    def base_model(*base: Any) -> Any:
+        loaded.set()
+        return load(*base)
+
+    monkeypatch.setattr(module, "base_model", base_model)
+    make_engine(tmp_path, only_base=job(0).base)
+    assert loaded.wait(60)
+
+
+def test_a_base_that_can_not_be_loaded_is_told_to_the_run_that_wants_it(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def base_model(*base: Any) -> Any:
+        raise ValueError("its files are broken")
+
+    monkeypatch.setattr(module, "base_model", base_model)
+    _, reports = train([job(0)], tmp_path, only_base=job(0).base)
+    assert reports[job(0).run.run_key][-1].ending == Ending("FAILED", "its files are broken")

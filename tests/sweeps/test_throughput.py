@@ -70,7 +70,7 @@ def test_an_engine_counts_what_it_trains_and_samples(backend: Any, tmp_path: Pat
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     sweep = SweepLog.open("tiny", uri=uri, artifacts=tmp_path / "artifacts")
     job = Job(run, sweep.plan(run.run_key, name="r", params=run.params, tags=run.tags))
-    engine = Engine(Setting(uri, tmp_path, "tiny"), capacity=2, heaviest={}, backend=backend)
+    engine = Engine(Setting(uri, tmp_path, "tiny"), capacity=2, heaviest={}, only_base=None, backend=backend)
     reports = [engine.advance(job)]
     while reports[-1].ending is None:
         reports.append(engine.advance(job))
