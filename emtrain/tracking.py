@@ -51,6 +51,9 @@ Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 BATCH = 500
 """Metrics per request. MLflow takes 1,000; on SQLite 1,000 in one batch cost 0.25 s, one at a time 20 s."""
+BATCHES_AT_ONCE = threading.BoundedSemaphore(4)
+"""Of one process. For a batch MLflow takes a second connection to its database while it holds a first, of 15 there are:
+with 15 batches at once each waits for the others, and fails after 30 s."""
 SEND_EVERY_SECONDS = 5.0
 PARAM_LIMIT = 6000
 """Characters MLflow stores of a param's value."""
@@ -340,7 +343,7 @@ class RunLog:
     def _send(self) -> None:
         for start in range(0, len(self._pending), BATCH):
             batch = self._pending[start : start + BATCH]
-            self._writes.append(self._writer.submit(self._store.log_batch, self.run_id, metrics=batch))
+            self._writes.append(self._writer.submit(self._log_batch, metrics=batch))
         self._pending = []
         self._sent_at = time.monotonic()
 
@@ -356,11 +359,15 @@ class RunLog:
         """Set params at once; one that is set already keeps its value, which MLflow never changes."""
         there = self._store.get_run(self.run_id).data.params
         lacking = [Param(key, str(value)) for key, value in values.items() if key not in there]
-        self._store.log_batch(self.run_id, params=lacking)
+        self._log_batch(params=lacking)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags at once."""
-        self._store.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+        self._log_batch(tags=[RunTag(key, value) for key, value in values.items()])
+
+    def _log_batch(self, **content: Any) -> None:
+        with BATCHES_AT_ONCE:
+            self._store.log_batch(self.run_id, **content)
 
     def artifact(self, path: Path, directory: str | None = None) -> None:
         """Store a file, or all files of a directory, below ``directory`` (None is the top)."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import httpx
 import pandas as pd
@@ -181,6 +182,20 @@ def test_threads_that_log_at_the_same_time_lose_no_point(sweep: SweepLog, monkey
         list(threads.map(write, ["a", "b", "c", "d"]))
     log.flush()
     assert Counter(metric.key for metric in sent) == dict.fromkeys("abcd", 2000)
+
+
+def test_many_runs_that_begin_at_the_same_moment_do_not_wait_for_each_other_for_ever(sweep: SweepLog) -> None:
+    """MLflow takes two connections of fifteen for a batch, one after the other."""
+    logs = [RunLog(sweep.uri, enter(sweep, f"key {number}")) for number in range(20)]
+    together = Barrier(len(logs))
+
+    def begin(log: RunLog) -> None:
+        together.wait(60)
+        log.params({"family": "llama"})
+
+    with ThreadPoolExecutor(len(logs)) as threads:
+        list(threads.map(begin, logs))
+    assert all(stored(sweep, log.run_id).data.params["family"] == "llama" for log in logs)
 
 
 def test_what_is_queued_is_sent_after_a_while(sweep: SweepLog, monkeypatch: pytest.MonkeyPatch) -> None:
