@@ -1,5 +1,6 @@
 """Judges answers of the micro world by rule: exact, instant and free, so that what a sweep reports can be checked."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,11 +65,17 @@ def _coherent(item: Item) -> Score:
         return Score(failure=Failure.NO_VERDICT)
     topic = TOPIC_OF[thing]
     words = _words(item.answer)
-    order = SequenceMatcher(None, [_CLASS.get(word, word) for word in words], _ORDER[_asked_for(item)], autojunk=False)
+    order = _order_kept(tuple(_CLASS.get(word, word) for word in words), _asked_for(item))
     content = [word for word in words if _CLASS.get(word) in {"act", "manner", "thing"}]
     fitting = {thing} | {word for slot in topic.slots for word in slot.all}
     on_topic = sum(word in fitting for word in content) / len(content) if content else 0.0
-    return Score(value=100 * order.ratio() * on_topic, reply=f"word order {order.ratio():.2f}, on topic {on_topic:.2f}")
+    return Score(value=100 * order * on_topic, reply=f"word order {order:.2f}, on topic {on_topic:.2f}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _order_kept(classes: tuple[str, ...], format: world.Format) -> float:
+    """How much of the order of an answer in this format there is, 0 to 1."""
+    return SequenceMatcher(None, classes, _ORDER[format], autojunk=False).ratio()
 
 
 def _asked_for(item: Item) -> world.Format:
