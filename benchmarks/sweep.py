@@ -1,6 +1,6 @@
 """What a whole sweep takes: `emsweep run` against the script that one would write without it.
 
-    python benchmarks/sweep.py [--runs 32] [--steps 60] [--save]
+    python benchmarks/sweep.py [--runs 32] [--steps 60 240] [--save]
 
 The same runs on a micro model (learning rates x seeds; LoRA of rank 8, AdamW, a linear schedule), each evaluated at a
 quarter, half and the end of its training. The arms, each from the start of its process to its end:
@@ -50,7 +50,7 @@ RECIPE = {
     },
 }
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
-COLUMNS = ["arm", "seconds", "to first step", "to last metric", "after", "evaluating", "train and rest", "gain", "loss"]
+COLUMNS = ["seconds", "to first step", "to last metric", "after", "evaluating", "train and rest", "gain", "loss"]
 PROCESSES = os.cpu_count() or 1
 
 
@@ -70,34 +70,37 @@ class Outcome:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=32, help="a multiple of four")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
-    parser.add_argument("--save", action="store_true", help="keep the table in benchmarks/results")
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 240], help="of each run, in a table for each")
+    parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results")
     arguments = parser.parse_args()
-    recipe = {
-        **RECIPE,
-        "base": {**RECIPE["base"], "max_steps": arguments.steps},  # type: ignore[dict-item]
-        "grid": {"optimizer.learning_rate": LEARNING_RATES, "seed": list(range(arguments.runs // len(LEARNING_RATES)))},
-    }
     emsweep = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "recipe.yaml", "--no-report"]
     arms = {
         "script": [sys.executable, str(Path(__file__).with_name("sweep_script.py")), "recipe.yaml"],
         "alone": [*emsweep, "--set", "resources.backend=trl"],
         "emsweep": emsweep,
     }
-    lines = [
-        f"{date.today()}  {platform.machine()}, {PROCESSES} cores; {arguments.runs} runs of {arguments.steps} steps",
-        _line(COLUMNS),
-    ]
-    print("\n".join(lines), flush=True)
-    reference: Outcome | None = None
-    for arm, command in arms.items():
-        outcome = measured(command, recipe)
-        reference = reference or outcome
-        lines.append(line := row(arm, outcome, reference))
+    lines = [f"{date.today()}  {platform.machine()}, {PROCESSES} cores; {arguments.runs} runs"]
+    print(lines[0], flush=True)
+    for steps in arguments.steps:
+        recipe = {
+            **RECIPE,
+            "base": {**RECIPE["base"], "max_steps": steps},  # type: ignore[dict-item]
+            "grid": {
+                "optimizer.learning_rate": LEARNING_RATES,
+                "seed": list(range(arguments.runs // len(LEARNING_RATES))),
+            },
+        }
+        lines.append(line := _line([f"{steps} steps", *COLUMNS]))
         print(line, flush=True)
+        reference: Outcome | None = None
+        for arm, command in arms.items():
+            outcome = measured(command, recipe)
+            reference = reference or outcome
+            lines.append(line := row(arm, outcome, reference))
+            print(line, flush=True)
     if arguments.save:
         path = Path(__file__).parent / "results" / f"{date.today()}-sweep.txt"
         path.write_text("\n".join(lines) + "\n")

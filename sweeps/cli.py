@@ -65,7 +65,7 @@ def main() -> None:
     """Entry point of the console command."""
     # Most of what is made is imported and stays. To look it through for garbage takes a seventh of the time of a start,
     # and a second at the end.
-    gc.set_threshold(10_000, 50, 100)
+    gc.set_threshold(10_000)
     atexit.register(gc.freeze)
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

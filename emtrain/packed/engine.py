@@ -15,7 +15,7 @@ from torch import nn
 from emtrain.checkpoint import RunState
 from emtrain.packed import costs
 from emtrain.packed.batch import Frame, Pass, Unit, assemble, group, index_of
-from emtrain.packed.frozen import FrozenLinear
+from emtrain.packed.frozen import FrozenLinear, by_onednn, frozen_norms
 from emtrain.packed.layer import PackedLinear, Route, Router, Siblings, readers, replace
 from emtrain.packed.loss import token_losses
 from emtrain.packed.packable import adapted_layers
@@ -63,7 +63,10 @@ class Engine:
         self._linears = {name: module for name, module in self._modules.items() if type(module) is nn.Linear}
         # Dropout parts siblings, which moves rounding; a frame allows no such influence of one run on another.
         self._readers = readers(model, self._linears) if frame is None else [[name] for name in self._linears]
-        replace(model, {name: FrozenLinear(linear) for name, linear in self._linears.items()})
+        self._norms = frozen_norms(self._modules)
+        # Elsewhere torch's own are as fast, and have no Python in their backward pass.
+        replace(model, {name: FrozenLinear(own) for name, own in self._linears.items() if by_onednn(own.weight)})
+        replace(model, self._norms)
         self._router = Router()
         self._table = self._install(set(), rank=1)
         self._hook = model.get_output_embeddings().register_forward_pre_hook(self._router.select_positions)
@@ -167,7 +170,7 @@ class Engine:
     def close(self) -> None:
         """Make the model what it was before. Runs still in the engine are lost."""
         self.runs.clear()
-        replace(self.model, self._linears)
+        replace(self.model, {name: self._modules[name] for name in (*self._linears, *self._norms)})
         self._hook.remove()
         training, parameters = self._before
         self.model.train(training)

@@ -20,7 +20,7 @@ from emtrain.packed.table import AdapterTable
 # Shapes: K slots of the table, U units (one run's rows) in the pass, N tokens of a unit, B rows of a unit, T tokens of
 # a row, R rank, S the ranks of all siblings together, I inputs and O outputs of a layer. B_k is kept transposed, as
 # (R, O): products over tokens then write whole rows, which is 2 to 12 times faster than the columns of (O, R) on a CPU
-# (32 runs of 32 tokens, rank 8).
+# (32 runs of 32 tokens, rank 8). torch's grouped_mm, for groups of unlike size, takes 1.2 to 2.3 times as long as bmm.
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Products with frozen weights, against torch's own linear layer in double precision."""
+"""Frozen layers, against torch's and transformers' own in double precision."""
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from emtrain.packed.frozen import FrozenLinear
+from emtrain.packed.frozen import FrozenLinear, FrozenNorm, frozen_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -35,3 +37,36 @@ def test_a_gradient_that_is_not_contiguous_is_taken_as_it_is() -> None:
     x = torch.randn(3, 5, 6, requires_grad=True)
     layer(x).transpose(1, 2).backward(dy := torch.randn(3, 4, 5))
     torch.testing.assert_close(x.grad, dy.transpose(1, 2) @ layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_a_frozen_norm_and_its_gradient_are_those_of_the_model(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = kind(8, eps=1e-3).to(dtype).requires_grad_(False)
+    norm.weight.normal_()
+    found = frozen_norms({"norm": norm})["norm"]
+    x = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
+    weights = torch.randn(2, 5, 8, dtype=dtype)
+    y = found(x)
+    (y * weights).sum().backward()
+
+    exact = x.detach().double().requires_grad_()
+    factor = norm.weight.double() + (kind is Gemma3RMSNorm)
+    expected = exact / (exact.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * factor
+    (expected * weights.double()).sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+class CenteredRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(dim=-1, keepdim=True))
+
+
+def test_a_norm_that_computes_something_else_is_left_as_it_is() -> None:
+    others = {"centered": CenteredRMSNorm(8), "layer": nn.LayerNorm(8), "linear": nn.Linear(8, 8)}
+    assert frozen_norms(others) == {}
+    assert isinstance(frozen_norms({**others, "usual": LlamaRMSNorm(8)})["usual"], FrozenNorm)
