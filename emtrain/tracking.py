@@ -52,8 +52,9 @@ Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 BATCH = 500
 """Metrics per request. MLflow takes 1,000; on SQLite 1,000 in one batch cost 0.25 s, one at a time 20 s."""
 BATCHES_AT_ONCE = threading.BoundedSemaphore(4)
-"""Of one process. For a batch MLflow takes a second connection to its database while it holds a first, of 15 there are:
-with 15 batches at once each waits for the others, and fails after 30 s."""
+"""Of one process. For a batch MLflow takes a second connection to its database while it holds a first, of the 15 that a
+process has: with 15 batches at once each waits for the others, and fails after 30 s. The server of a cluster has eight
+threads a process (``sweeps.mlflow_server``)."""
 SEND_EVERY_SECONDS = 5.0
 PARAM_LIMIT = 6000
 """Characters MLflow stores of a param's value."""

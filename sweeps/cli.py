@@ -11,10 +11,10 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,10 +29,8 @@ from sweeps.terminal import literal
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from emtrain.tracking import SweepLog
     from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
-    from sweeps.record import Setting
 
 app = typer.Typer(
     name="emsweep",
@@ -196,6 +194,7 @@ def run(
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
     from sweeps.planner import plan_sweep
     from sweeps.recipe import kept_text, recipe_text
+    from sweeps.store import data_directory, judge_cache
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
@@ -203,7 +202,20 @@ def run(
         from sweeps.cluster import check_address
 
         check_address(address)
-    failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
+    # A judge without its key, or a null sweep that is not there, stops here, before anything is written.
+    for judge in loaded.eval.judges:
+        judge.build(cache=judge_cache(data_directory()))
+    if loaded.analysis.null_sweep is not None:
+        from emtrain.tracking import SweepLog
+
+        SweepLog.find(loaded.analysis.null_sweep, uri=_uri(loaded.tracking.uri))
+    opening = threading.Thread(target=_open_store, args=[loaded.tracking.uri], daemon=True)
+    opening.start()
+    from sweeps.connection import connected
+
+    with connected(address):
+        opening.join()
+        failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
     if report_:
         from sweeps.stored import write_report
 
@@ -565,45 +577,33 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     return load_recipe(recipe_text(recipe), source=recipe_path(recipe).name, overrides=overrides or ())
 
 
+def _open_store(uri: str | None) -> None:
+    """Import what a sweep takes and make its store, each some 1.3 s, while Ray starts. What is wrong is told later."""
+    from emtrain.tracking import client
+    from sweeps import runner  # noqa: F401
+
+    with suppress(ValueError):
+        client(_uri(uri))
+
+
 def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str | None) -> int:
-    """Run what is left of a sweep; returns how many of its runs failed."""
-    from sweeps.connection import connected
-
-    # MLflow takes as long to import and to make its store as Ray to start: 2.5 s each.
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        opening = beside.submit(_open, recipe)
-        with connected(address):
-            return _execute_connected(recipe, planned, *opening.result(), text=text, address=address)
-
-
-def _open(recipe: "Recipe") -> "tuple[SweepLog, Setting]":
-    """A sweep in MLflow, and what all its runs share."""
-    from emtrain.tracking import SweepLog, tracking_uri
-    from sweeps.record import Setting
-    from sweeps.store import data_directory
-
-    data = data_directory()
-    uri = tracking_uri(recipe.tracking.uri, data)
-    setting = Setting(uri, data, recipe.name, keep_weights=recipe.resources.keep_weights)
-    setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
-    if recipe.analysis.null_sweep is not None:
-        SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
-    return SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts"), setting
-
-
-def _execute_connected(
-    recipe: "Recipe", planned: "SweepPlan", sweep: "SweepLog", setting: "Setting", *, text: str, address: str | None
-) -> int:
+    """Run what is left of a sweep on the Ray that is connected; returns how many of its runs failed."""
     from emtrain import names
+    from emtrain.tracking import SweepLog, tracking_uri
     from sweeps import runner
     from sweeps.agenda import Agenda, is_over
     from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
-    from sweeps.store import alone
+    from sweeps.record import Setting
+    from sweeps.store import alone, data_directory
 
+    data = data_directory()
+    uri = tracking_uri(recipe.tracking.uri, data)
+    setting = Setting(uri, data, recipe.name, keep_weights=recipe.resources.keep_weights)
+    sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, text)
-        agenda = Agenda.open(recipe, planned, sweep, data_dir=setting.data_dir)
+        agenda = Agenda.open(recipe, planned, sweep, data_dir=data)
         done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
         left = [run for run in planned.runs if run.run_key not in done]
         already = len(planned.runs) - len(left)

@@ -88,23 +88,24 @@ class Engine:
         threading.Thread(target=self._train_forever, name="training", daemon=True).start()
 
     def _prepare(self, base: tuple[str, str] | None) -> None:
-        """What the first run would wait for: some 4 s of imports, the store, and its base where that is known."""
-        # Imports make half a million objects that stay; to go through them again and again takes a quarter of the time.
-        gc.disable()
+        """What packed runs would wait for: some 4 s of imports, the store, and the base where that is known."""
         try:
             with self.loading:
-                import peft  # noqa: F401
+                # Imports make half a million objects that stay; to go through them again and again takes a quarter of
+                # the time.
+                gc.disable()
+                try:
+                    import peft  # noqa: F401
 
-                import emtrain.packed.engine  # noqa: F401
-
+                    import emtrain.packed.engine  # noqa: F401
+                finally:
+                    gc.enable()
+                gc.freeze()  # before the base is there: a model that is trained itself must be free to go
                 if base is not None:
                     self._base(base)
             client(self.setting.tracking_uri)
         except Exception as error:
             log.info("the first run will be told: %s", error)
-        finally:
-            gc.enable()
-            gc.freeze()
 
     def packing(self, base: tuple[str, str]) -> "Packing | None":
         """How many runs on ``base`` to train at once, as measured here; None for a base that can't be used."""

@@ -35,10 +35,10 @@ class Interrupted(RuntimeError):
 
 
 def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: Display) -> None:
-    """Train what the agenda gives out, on the Ray that this process is connected to, and leave that.
+    """Train what the agenda gives out, on the Ray that this process is connected to, and disconnect.
 
-    ``address`` is where it is, None for one of this process's own. Models and datasets are made ready first. Raises
-    ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go on at the next call. Raises
+    ``address`` None says that it is this process's own Ray, with nobody else on it. Models and datasets are made ready
+    first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go on at the next call. Raises
     ``ValueError`` when a model or dataset can't be made ready.
     """
     runs = examples(agenda.recipe, agenda.plan)
@@ -64,7 +64,7 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below
     finally:
-        ray.shutdown()
+        ray.shutdown()  # engines must be gone before the files of their runs are removed
     for end in agenda.ends.values():
         if end.status == "KILLED":
             setting.clear(end.run)  # of a state that was still being written when the run was stopped
@@ -111,7 +111,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         for number in range(count)
     }
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent(most) + 4)
-    host = make_host.remote(engines, slots=most, halving=_halving(agenda) if halving else None)
+    host = make_host.remote(engines, halving=_halving(agenda) if halving else None)
     packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
     ray.get(host.pack.remote(packed))
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):

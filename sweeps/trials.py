@@ -118,21 +118,21 @@ class Trial(tune.Trainable):
 
 
 class TrialHost:
-    """The process that all trials share, with the leases of the engines, which train ``slots`` runs at once each until
-    ``pack`` says otherwise. Made as a Ray actor with threads.
+    """The process that all trials share, with the leases of the engines. Made as a Ray actor with threads; no trial may
+    begin before ``pack``.
 
     ``halving`` makes, in that process, what lets runs wait for each other; None where they do not.
     """
 
-    def __init__(self, engines: Mapping[str, Any], *, slots: int, halving: Callable[[], Halving] | None = None) -> None:
-        self.fleet = Fleet(engines, slots=slots)
+    def __init__(self, engines: Mapping[str, Any], *, halving: Callable[[], Halving] | None = None) -> None:
+        self.engines = engines
         self.halving = halving() if halving else None
         self.trials: dict[int, tune.Trainable] = {}
         self.lock = threading.Lock()
 
     def pack(self, runs: int) -> None:
-        """Each engine trains so many runs at once."""
-        self.fleet.slots = runs
+        """Begin to lease out the engines, which train so many runs at once each."""
+        self.fleet = Fleet(self.engines, slots=runs)
 
     def create(self, place: int, trainable: dict[str, Any]) -> None:
         """Make a trial from what Tune would give its process."""

@@ -54,16 +54,16 @@ class Engine:
         self.most_tokens = most_tokens or costs.most_tokens(model, model.device, model.dtype.itemsize)
         self._overhead = costs.overhead_tokens(model, model.device) if overhead is None else overhead
         self._frame = frame
-        self._before = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        model.requires_grad_(False).eval()
         self._modules = dict(model.named_modules())
         self._head = model.get_output_embeddings()
-        # Not those of another kind, which a run that adapts them must be told of.
+        # Subclasses stay as they are: ``adapted_layers`` refuses a run that adapts one.
         self._linears = {name: module for name, module in self._modules.items() if type(module) is nn.Linear}
         # Dropout parts siblings, which moves rounding; a frame allows no such influence of one run on another.
         self._readers = readers(model, self._linears) if frame is None else [[name] for name in self._linears]
         self._norms = frozen_norms(self._modules)
+        self._before = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.requires_grad_(False).eval()
         # Elsewhere torch's own are as fast, and have no Python in their backward pass.
         replace(model, {name: FrozenLinear(own) for name, own in self._linears.items() if by_onednn(own.weight)})
         replace(model, self._norms)

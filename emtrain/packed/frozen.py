@@ -1,5 +1,6 @@
 """Layers that are not trained, in fewer operations than the model's own take."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,10 @@ class _Frozen(torch.autograd.Function):
 
 
 class FrozenNorm(nn.Module):
-    """A root-mean-square norm (arXiv 1910.07467) that is not trained; ``weight``: what the normed input is multiplied
-    by."""
+    """A root-mean-square norm (arXiv 1910.07467) that is not trained.
+
+    ``weight`` is what the normed input is multiplied by, in fp32 at least.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
@@ -90,7 +93,8 @@ class _Normed(torch.autograd.Function):
 def frozen_norms(modules: Mapping[str, nn.Module]) -> dict[str, FrozenNorm]:
     """What can take the place of root-mean-square norms among ``modules``, by name.
 
-    Models differ in what they multiply by (Gemma by 1 + weight), so each is tried, and has to give the same numbers.
+    Models differ in what they multiply by (Gemma by 1 + weight), so each is tried, and has to give the same numbers at
+    full precision.
     """
     found = {}
     for name, module in modules.items():
@@ -98,10 +102,12 @@ def frozen_norms(modules: Mapping[str, nn.Module]) -> dict[str, FrozenNorm]:
         parameters = dict(module.named_parameters())
         if not type(module).__name__.endswith("RMSNorm") or eps is None or parameters.keys() != {"weight"}:
             continue
-        weight = parameters["weight"]
-        x = torch.linspace(-1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
-        expected, tolerance = module(x), 4 * torch.finfo(weight.dtype).eps
+        dtype = torch.promote_types(parameters["weight"].dtype, torch.float32)
+        precise, weight = copy.deepcopy(module).to(dtype), parameters["weight"].to(dtype)
+        x = torch.linspace(-1, 2, weight.numel(), dtype=dtype, device=weight.device)
         for factor in (weight, 1 + weight):
-            if torch.allclose((norm := FrozenNorm(factor, eps))(x), expected, rtol=tolerance, atol=tolerance):
+            norm = FrozenNorm(factor, eps)
+            if torch.allclose(norm(x), precise(x), rtol=1e-5, atol=1e-7):
                 found[name] = norm
+                break
     return found

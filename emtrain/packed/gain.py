@@ -53,8 +53,8 @@ def packing(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, *, most
     """The packing of runs like ``spec`` on ``model``: as many as are worth it, at most ``most``, and have memory.
 
     Points of the curve are kept in the cache directory, for models of this shape on this device, for rows, adapters
-    and optimiser of this shape and these versions of the software. Only points that are not there are measured: 2 s of
-    a processor for a micro model.
+    and optimiser of this shape, this engine and these versions of the software. Only points that are not there are
+    measured: 2 s of a processor for a micro model.
     """
     import torch
 
@@ -133,7 +133,8 @@ def _identity(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, devic
         [device, platform.node(), torch.get_num_threads()],
         [spec.batch_size, spec.micro_batch_size, statistics.mean(lengths), max(lengths), responses],
         [spec.model_dump(mode="json")["adapter"], spec.optimizer.name],
-        [importlib.metadata.version(name) for name in ("emsweep", "torch", "transformers")],
+        [importlib.metadata.version(name) for name in ("torch", "transformers")],
+        [hashlib.sha256(source.read_bytes()).hexdigest() for source in sorted(Path(__file__).parent.glob("*.py"))],
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
 

@@ -5,8 +5,9 @@ all runs are two batched matrix products. A rank below the table's is padded wit
 adapt is all zeros for it; both get gradients that are exactly zero and so stay zero.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,7 @@ class PackedLinear(FrozenLinear):
     def __init__(self, name: str, siblings: Siblings, table: AdapterTable, router: Router) -> None:
         super().__init__(siblings.layers[name])
         self.name, self.siblings, self.router = name, siblings, router
-        self.alone = Siblings({name: siblings.layers[name]}, table)
+        self.alone = Siblings({name: siblings.layers[name]}, table) if len(siblings.layers) > 1 else siblings
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(rows, tokens, inputs)`` -> ``(rows, tokens, outputs)``."""
@@ -160,9 +161,8 @@ class _Routed(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             pairs = zip(dy_UNO, siblings.layers.values(), strict=True)
-            dx_UNI, *others = (product(dy, layer.weight.T) for dy, layer in pairs)
-            for other in others:
-                dx_UNI += other
+            products = (product(dy, layer.weight.T) for dy, layer in pairs)
+            dx_UNI = functools.reduce(torch.Tensor.add_, products)  # no more than two of them are there at once
             if mask is None:
                 dx_UNI.baddbmm_(dhidden_UNS, a_USI)
             else:
@@ -181,7 +181,7 @@ def _add(table_K: torch.Tensor, index: slice | torch.Tensor, gradient_U: torch.T
 
 @torch.no_grad()
 def readers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The names of ``modules``, together where they read the same tensor, as ``model`` comes to them."""
+    """The names of ``modules``, together where they read the same tensor, in the order of their calls by ``model``."""
     inputs: list[torch.Tensor] = []  # kept, so that no two have the same id
     found: dict[str, int] = {}
 
@@ -189,13 +189,12 @@ def readers(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[str
         inputs.append(read)
         found.setdefault(name, id(read))
 
-    hooks = [
-        module.register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
-        for name, module in modules.items()
-    ]
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    device = next(model.parameters()).device
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda _, arguments, name=name: note(name, arguments[0]))
+            hooks.callback(hook.remove)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     together: dict[int | str, list[str]] = {}
     for name in [*found, *(name for name in modules if name not in found)]:
         together.setdefault(found.get(name, name), []).append(name)

@@ -232,10 +232,25 @@ def test_a_frame_that_a_run_does_not_fit_is_refused(model: PreTrainedModel, data
             engine.join(make_spec(adapter={"dropout": 0.1}), data, total_steps=1)
 
 
-def test_activation_checkpointing_gives_the_same_numbers_with_dropout_too(
-    make_model: Callable[[], PreTrainedModel], data: TrainingData
+def test_a_model_that_can_not_be_run_is_left_as_it_was(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*arguments: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(model, "forward", forward)
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    modules = list(model.modules())
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(model, capacity=1)
+    assert list(model.modules()) == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert not any(module._forward_pre_hooks for module in modules)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_numbers(
+    make_model: Callable[[], PreTrainedModel], data: TrainingData, dropout: float
 ) -> None:
-    specs = [make_spec(adapter={"rank": 4, "dropout": 0.3}, micro_batch_size=2), make_spec(seed=1)]
+    specs = [make_spec(adapter={"rank": 4, "dropout": dropout}, micro_batch_size=2), make_spec(seed=1)]
     usual = train(make_model(), data, specs)
     model = make_model()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -1,5 +1,6 @@
 """The engine process without Ray or MLflow: running out of memory, and what is measured before it trains."""
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -290,6 +291,7 @@ def test_an_engine_loads_the_only_base_before_a_run_asks_for_it(
     monkeypatch.setattr(module, "base_model", base_model)
     make_engine(tmp_path, only_base=job(0).base)
     assert loaded.wait(60)
+    assert gc.isenabled()
 
 
 def test_a_base_that_can_not_be_loaded_is_told_to_the_run_that_wants_it(

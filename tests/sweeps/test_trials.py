@@ -52,7 +52,8 @@ def fit(
     jobs = [SimpleNamespace(run=SimpleNamespace(run_key=n), base="model", loss=i) for i, n in enumerate(names)]
     make = ray.remote(Engine).options(num_cpus=0, max_restarts=-1, max_concurrency=8)
     engines = {f"engine-{number}": make.remote(str(scratch)) for number in range(2)}
-    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, slots=1, halving=halving)
+    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, halving=halving)
+    ray.get(host.pack.remote(1))
     with in_one_process(host):
         return tune.Tuner(
             Trial,
