@@ -73,7 +73,8 @@ def client(uri: str) -> mlflow.MlflowClient:
     scheme = uri.partition("://")[0].partition("+")[0]
     try:
         if (database := _database(uri)) is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            if not database.exists():
+                _make(database)
         # The MLflow client itself would try for two minutes before it says that nobody is there.
         elif scheme in {"http", "https"}:
             answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=10)
@@ -107,6 +108,23 @@ def made(uri: str) -> bool:
 def _database(uri: str) -> Path | None:
     """The file of a SQLite store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _make(database: Path) -> None:
+    """Make a SQLite store, whole or not at all: with half of its tables MLflow could never open it."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=database.parent, prefix=".unfinished-") as scratch:
+        unfinished = Path(scratch) / database.name
+        SqlAlchemyStore(f"sqlite:///{unfinished}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+        try:
+            os.link(unfinished, database)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # there are no links on this file system
+            unfinished.replace(database)
 
 
 @dataclass(frozen=True)

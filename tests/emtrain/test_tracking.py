@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
 
@@ -17,8 +18,9 @@ import httpx
 import pandas as pd
 import pytest
 from mlflow.entities import Metric, Run
+from mlflow.store.tracking import sqlalchemy_store
 
-from emtrain import names
+from emtrain import names, tracking
 from emtrain.tracking import (
     BATCH,
     PARAM_LIMIT,
@@ -91,6 +93,28 @@ def stored(sweep: SweepLog, run_id: str) -> Run:
 
 def points(sweep: SweepLog, run_id: str, metric: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client(sweep.uri).get_metric_history(run_id, metric)]
+
+
+@pytest.mark.parametrize("meanwhile", [None, "made by another process"])
+def test_a_store_whose_making_is_cut_off_is_not_there_and_one_that_came_first_is_kept(
+    meanwhile: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "new" / "mlflow.db"
+
+    class Store(sqlalchemy_store.SqlAlchemyStore):  # type: ignore[misc]
+        def __init__(self, *arguments: str) -> None:
+            super().__init__(*arguments)
+            if meanwhile is None:
+                raise KeyboardInterrupt
+            database.write_text(meanwhile)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlalchemy_store, "SqlAlchemyStore", Store)
+        with nullcontext() if meanwhile else pytest.raises(KeyboardInterrupt):
+            tracking._make(database)
+    assert [path.read_text() for path in database.parent.iterdir()] == ([meanwhile] if meanwhile else [])
+    if meanwhile is None:
+        assert client(f"sqlite:///{database}").search_experiments()
 
 
 def test_a_planned_run_is_scheduled_and_says_what_it_is(sweep: SweepLog) -> None:
