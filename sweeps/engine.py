@@ -96,8 +96,7 @@ class Engine:
                 gc.disable()
                 try:
                     import peft  # noqa: F401
-
-                    import emtrain.packed.engine  # noqa: F401
+                    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
                 finally:
                     gc.enable()
                 gc.freeze()  # before the base is there: a model that is trained itself must be free to go
