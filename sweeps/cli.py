@@ -11,10 +11,9 @@ import logging
 import os
 import shlex
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -194,7 +193,6 @@ def run(
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
     from sweeps.planner import plan_sweep
     from sweeps.recipe import kept_text, recipe_text
-    from sweeps.store import data_directory, judge_cache
 
     loaded = _load(recipe, set_)
     planned = plan_sweep(loaded)
@@ -202,20 +200,7 @@ def run(
         from sweeps.cluster import check_address
 
         check_address(address)
-    # A judge without its key, or a null sweep that is not there, stops here, before anything is written.
-    for judge in loaded.eval.judges:
-        judge.build(cache=judge_cache(data_directory()))
-    if loaded.analysis.null_sweep is not None:
-        from emtrain.tracking import SweepLog
-
-        SweepLog.find(loaded.analysis.null_sweep, uri=_uri(loaded.tracking.uri))
-    opening = threading.Thread(target=_open_store, args=[loaded.tracking.uri], daemon=True)
-    opening.start()
-    from sweeps.connection import connected
-
-    with connected(address):
-        opening.join()
-        failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
+    failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
     if report_:
         from sweeps.stored import write_report
 
@@ -577,20 +562,10 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     return load_recipe(recipe_text(recipe), source=recipe_path(recipe).name, overrides=overrides or ())
 
 
-def _open_store(uri: str | None) -> None:
-    """Import what a sweep takes and make its store, each some 1.3 s, while Ray starts. What is wrong is told later."""
-    from emtrain.tracking import client
-    from sweeps import runner  # noqa: F401
-
-    with suppress(ValueError):
-        client(_uri(uri))
-
-
 def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str | None) -> int:
-    """Run what is left of a sweep on the Ray that is connected; returns how many of its runs failed."""
+    """Run what is left of a sweep; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
-    from sweeps import runner
     from sweeps.agenda import Agenda, is_over
     from sweeps.planner import most_runs
     from sweeps.progress import Board, Display
@@ -600,6 +575,9 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str 
     data = data_directory()
     uri = tracking_uri(recipe.tracking.uri, data)
     setting = Setting(uri, data, recipe.name, keep_weights=recipe.resources.keep_weights)
+    setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
+    if recipe.analysis.null_sweep is not None:
+        SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, text)
@@ -617,13 +595,17 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str 
             sweep.set_status(sweep.parent_run_id, "FINISHED")
             return 0
         sweep.set_status(sweep.parent_run_id, "RUNNING")
+        from sweeps import runner
+        from sweeps.connection import connected
+
         out.print("preparing models and starting workers ...")
         expected = sum(most_runs(recipe, len(planned.runs)).values())
         board = Board.of(left, already_done=already, expected=expected)
         for run_key in stopped:
             board.runs[run_key].status = "KILLED"
         try:
-            with Display(out, board) as display:
+            # In this order: Ray forks, and a fork while another thread runs may hang.
+            with connected(address), Display(out, board) as display:
                 runner.execute(agenda, setting, address=address, display=display)
         except (runner.Interrupted, KeyboardInterrupt):
             sweep.set_status(sweep.parent_run_id, "KILLED")

@@ -7,6 +7,7 @@ need it no more, so other runs can train meanwhile.
 import hashlib
 import json
 import math
+import platform
 import shutil
 import traceback
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,6 @@ from emtrain.train import Checkpoint, NonFiniteLoss, Plan, Step
 from sweeps.lease import Ending, Job
 from sweeps.planner import PlannedRun
 from sweeps.recipe import KeepWeights
-from sweeps.store import judge_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,9 @@ class Setting:
 
     def judges(self, specs: Sequence[JudgeSpec]) -> list[Judge]:
         """The judges, with a cache of their replies. Raises ``ValueError`` where one lacks its key."""
-        return [judge.build(cache=judge_cache(self.data_dir)) for judge in specs]
+        # One file per machine: SQLite must not be written by several through a network file system.
+        cache = self.data_dir / "judge-replies" / f"{platform.node()}.sqlite"
+        return [judge.build(cache=cache) for judge in specs]
 
 
 class RunRecord:

@@ -1,7 +1,6 @@
 """Where a sweep keeps its things."""
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +37,3 @@ def alone(sweep: str) -> Iterator[None]:
 def report_directory(sweep: str) -> Path:
     """Where the report of a sweep goes unless the user says otherwise."""
     return data_directory() / "reports" / sweep
-
-
-def judge_cache(data_dir: Path) -> Path:
-    """Where judges that pay for their replies keep them: a file per machine, because SQLite must not be written by
-    several through a network file system."""
-    return data_dir / "judge-replies" / f"{platform.node()}.sqlite"
