@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
             capacity = cluster.capacity()
             cluster.check_shared(setting.data_dir)
             cluster.fetch_models(revisions, cluster.trainers(capacity))
-        _tune(agenda, setting, display, capacity)
+        _tune(agenda, setting, display, capacity, runs)
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below
     finally:
@@ -74,7 +74,10 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
         raise Interrupted(f"{len(agenda.out)} runs were in work")
 
 
-def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity) -> None:
+def _tune(
+    agenda: Agenda, setting: Setting, display: Display, capacity: cluster.Capacity, samples: Sequence[PlannedRun]
+) -> None:
+    """``samples`` has a run of every kind that the sweep may train."""
     wanted = agenda.recipe.resources
     # No more than there are runs: each may make a cloud start a machine.
     runs = None if agenda.recipe.search else len(agenda.plan.runs)
@@ -85,8 +88,6 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         most = min(most, math.ceil(wanted.max_concurrent / count))
     if runs is not None:
         most = min(most, math.ceil(runs / count))  # so that every engine has some
-    samples = examples(agenda.recipe, agenda.plan)
-    bases = {base_of(run.spec) for run in samples}
     yardsticks = heaviest(samples) if wanted.pack == "auto" and most > 1 else {}
     stopping = agenda.recipe.stopping
     halving = stopping is not None and stopping.rule == "halving"
@@ -103,6 +104,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
         max_restarts=-1,
         max_concurrency=4 * count * most + 4,
     )
+    bases = {base_of(run.spec) for run in samples}
     only_base = bases.pop() if len(bases) == 1 else None
     engines = {
         f"engine-{number}": make.remote(
@@ -120,7 +122,7 @@ def _tune(agenda: Agenda, setting: Setting, display: Display, capacity: cluster.
             tune_config=tune.TuneConfig(
                 search_alg=_Source(agenda, setting, display),
                 num_samples=-1,  # until the source says that it is over
-                scheduler=None if stopping is None or halving else _scheduler(agenda, stopping),
+                scheduler=None if stopping is None or halving else _scheduler(agenda, stopping, samples),
                 max_concurrent_trials=concurrent(packed),
             ),
             run_config=tune.RunConfig(
@@ -176,10 +178,10 @@ def _measured(
     return max((packing.runs for packing in packings.values()), default=1)
 
 
-def _scheduler(agenda: Agenda, rule: StoppingSpec) -> TrialScheduler:
+def _scheduler(agenda: Agenda, rule: StoppingSpec, samples: Sequence[PlannedRun]) -> TrialScheduler:
     """The scheduler of the recipe's rule, with what is known of runs that ran before."""
     known = fellows(agenda.known, {run.run_key for run in agenda.plan.runs})
-    return scheduler(rule, examples(agenda.recipe, agenda.plan), reports_before(rule, known, agenda.sweep))
+    return scheduler(rule, samples, reports_before(rule, known, agenda.sweep))
 
 
 def _halving(agenda: Agenda) -> Callable[[], Halving]:

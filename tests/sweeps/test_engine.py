@@ -266,15 +266,17 @@ def test_an_engine_packs_as_many_runs_as_it_has_measured_to_be_worth_it(
     assert all(told[-1].ending == Ending("FINISHED") for told in reports.values())
 
 
-def test_a_base_that_cannot_be_measured_is_no_reason_to_stop(
-    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("beforehand", [False, True], ids=["when it is wanted", "before a run asks"])
+def test_a_base_that_cannot_be_loaded_is_no_reason_to_stop_and_told_to_the_run_that_wants_it(
+    beforehand: bool, records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable(*base: str) -> Any:
         raise OSError("no such model")
 
     monkeypatch.setattr(module, "base_model", unreadable)
     first = job(0)
-    engine, reports = train([first], tmp_path, heaviest={first.base: first.run})
+    only_base = first.base if beforehand else None
+    engine, reports = train([first], tmp_path, heaviest={first.base: first.run}, only_base=only_base)
     assert engine.packing(first.base) is None
     assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no such model")
 
@@ -292,14 +294,3 @@ def test_an_engine_loads_the_only_base_before_a_run_asks_for_it(
     make_engine(tmp_path, only_base=job(0).base)
     assert loaded.wait(60)
     assert gc.isenabled()
-
-
-def test_a_base_that_can_not_be_loaded_is_told_to_the_run_that_wants_it(
-    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def base_model(*base: Any) -> Any:
-        raise ValueError("its files are broken")
-
-    monkeypatch.setattr(module, "base_model", base_model)
-    _, reports = train([job(0)], tmp_path, only_base=job(0).base)
-    assert reports[job(0).run.run_key][-1].ending == Ending("FAILED", "its files are broken")
