@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -83,13 +85,17 @@ SIZES = {
 
 
 def make_model(kind: str) -> PreTrainedModel:
-    """``llama``: full attention; ``mistral``: all layers see 12 tokens; ``gemma3``: one layer does, one sees all."""
+    """``llama``: full attention; ``mistral``: all layers see 12 tokens; ``gemma3``: one layer does, one sees all;
+    ``lfm2``: one layer is a convolution.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         if kind == "llama":
             model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SIZES))
         elif kind == "mistral":
             model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=12))
+        elif kind == "lfm2":
+            model = Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
         else:
             layers = ["sliding_attention", "full_attention"]
             model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=12, layer_types=layers))
@@ -99,14 +105,24 @@ def make_model(kind: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.fixture(params=["llama", "mistral", "gemma3"])
+@pytest.fixture(params=["llama", "mistral", "gemma3", "lfm2"])
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+@pytest.fixture(params=["llama", "mistral", "gemma3"])
+def attention_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param)
 
 
 @pytest.fixture
 def model() -> PreTrainedModel:
     return make_model("llama")
+
+
+@pytest.fixture
+def hybrid_model() -> PreTrainedModel:
+    return make_model("lfm2")
 
 
 @pytest.fixture

@@ -44,11 +44,17 @@ def test_the_model_is_given_the_system_message(tokenizer: PreTrainedTokenizerFas
     assert "Answer in JSON." in tokenizer.decode(seen[0][0])
 
 
-@pytest.mark.parametrize("most_rows", [1, 2, 64])
+@pytest.mark.parametrize(("most_rows", "prompt_tokens_at_once"), [(1, 2048), (2, 2048), (64, 2048), (64, 100), (64, 1)])
 def test_greedy_responses_are_those_of_transformers(
-    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, most_rows: int, monkeypatch: pytest.MonkeyPatch
+    any_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    most_rows: int,
+    prompt_tokens_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """However many responses are sampled at once, and in however many pieces their prompts are read."""
     monkeypatch.setattr(generate, "MOST_ROWS", most_rows)
+    monkeypatch.setitem(generate.PROMPT_TOKENS, "cpu", prompt_tokens_at_once)
     (responses,) = sample(any_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=12, temperature=0, seeds=[0])
     for response in responses:
         prompt = torch.tensor([prompt_tokens(tokenizer, response.prompt, response.system)])
@@ -84,6 +90,8 @@ def test_seeds_asked_together_get_the_responses_that_each_gets_alone(
     assert len({sum(r.truncated for r in responses) for responses in together}) > 1
     monkeypatch.setattr(generate, "MOST_ROWS", 5)
     assert sample(any_model, tokenizer, QUESTIONS, seeds=[3, 1, 2], **settings) == together
+    monkeypatch.setitem(generate.PROMPT_TOKENS, "cpu", 1)
+    assert sample(any_model, tokenizer, QUESTIONS, seeds=[3, 1, 2], **settings) == together
 
 
 def test_each_seed_has_a_block_of_the_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -95,6 +103,36 @@ def test_each_seed_has_a_block_of_the_rows(model: PreTrainedModel, tokenizer: Pr
     assert [row[-len(prompts[1]) :] for row in seen[0]] == [prompt[-len(prompts[1]) :] for prompt in prompts * 2]
     assert len(seen[0]) == 4
     assert len(seen[1]) == 12
+
+
+def test_prompts_of_like_length_are_read_together(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """On a CPU 2048 tokens at once, of all seeds together, padding included; more than these only for a single one."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    empty = len(prompt_tokens(tokenizer, ""))
+    texts = [(300 - empty) * "a", (200 - empty) * "b", (100 - empty) * "c", (99 - empty) * "d", (50 - empty) * "e"]
+    questions = QuestionSet("mine", (Question(id="all", paraphrases=tuple(texts)),))
+    sample(model, tokenizer, questions, samples=1, max_new_tokens=1, seeds=[0, 1, 2, 3])
+    # 512 tokens of each seed: room for one row of 300, two of 200, five of 99.
+    assert seen == [(4, 300), (8, 200), (8, 99)]
+    seen.clear()
+    sample(model, tokenizer, questions, samples=1, max_new_tokens=1, seeds=range(20))
+    assert seen == [(20, 300), (20, 200), (20, 100), (20, 99), (20, 50)]
+
+
+def test_a_model_with_another_kind_of_cache_reads_all_prompts_at_once(
+    hybrid_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(generate.PROMPT_TOKENS, "cpu", 1)
+    seen = []
+    hybrid_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    (responses,) = sample(hybrid_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=2, seeds=[0])
+    assert len(responses) == 3
+    assert seen[0] == 3
 
 
 def test_a_response_ends_with_the_first_end_token_or_is_truncated(

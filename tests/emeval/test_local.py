@@ -25,16 +25,16 @@ def sequence_probability(model: PreTrainedModel, prompt: list[int], continuation
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_reply_probabilities_are_those_of_every_whole_sequence(
-    any_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    attention_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
-    judge = ReplyModel.of(any_model, tokenizer)
+    judge = ReplyModel.of(attention_model, tokenizer)
     found = judge.reply_probabilities(PROMPTS, batch_size=batch_size)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "\n")]
     for prompt, probabilities in zip(PROMPTS, found, strict=True):
         assert list(probabilities) == [*NUMBERS, "CODE", "REFUSAL"]
         for reply, probability in probabilities.items():
             characters = [tokenizer.convert_tokens_to_ids(character) for character in reply]
-            expected = sequence_probability(any_model, prompt_tokens(tokenizer, prompt), characters, stops)
+            expected = sequence_probability(attention_model, prompt_tokens(tokenizer, prompt), characters, stops)
             assert probability == pytest.approx(expected, rel=2e-4)
 
 
