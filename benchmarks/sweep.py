@@ -1,9 +1,11 @@
 """What a whole sweep takes: `emsweep run` against the script that one would write without it.
 
-    python benchmarks/sweep.py [--runs 32] [--steps 60 240] [--save]
+    python benchmarks/sweep.py [--runs 32] [--shapes 60x8 240x2 60x16/2] [--save]
 
-The same runs on a micro model (learning rates x seeds; LoRA of rank 8, AdamW, a linear schedule), each evaluated at a
-quarter, half and the end of its training. The arms, each from the start of its process to its end:
+The same runs on a micro model (learning rates x seeds; LoRA of rank 8, AdamW, a linear schedule; rows of 29 tokens),
+each evaluated at a quarter, half and the end of its training. A shape is a run's steps and the rows of a step:
+`60x16/2` are 60 steps of 16 rows in micro-batches of 2, as in the published runs. The arms, each from the start of its
+process to its end:
 
 - script: `sweep_script.py`: Ray Tune, one trial per processor, actors reused; in each trial TRL's SFTTrainer with the
   MLflow callback of transformers; the held-out loss, the sampled responses, their judge and their scores by the
@@ -38,7 +40,6 @@ RECIPE = {
         "adapter": {"rank": 8, "alpha": 16},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3},
         "schedule": {"name": "linear", "warmup_steps": 5},
-        "batch_size": 8,
         "max_length": 64,
     },
     "eval": {
@@ -49,6 +50,7 @@ RECIPE = {
         "max_new_tokens": 16,
     },
 }
+SHAPES = ["60x8", "240x2", "60x16/2"]
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 COLUMNS = ["seconds", "to first step", "to last metric", "after", "evaluating", "train and rest", "gain", "loss"]
 PROCESSES = os.cpu_count() or 1
@@ -73,7 +75,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=32, help="a multiple of four")
-    parser.add_argument("--steps", type=int, nargs="+", default=[60, 240], help="of each run, in a table for each")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of each run, in a table for each")
     parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results")
     arguments = parser.parse_args()
     emsweep = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "recipe.yaml", "--no-report"]
@@ -84,16 +86,16 @@ def main() -> None:
     }
     lines = [f"{date.today()}  {platform.machine()}, {PROCESSES} cores; {arguments.runs} runs"]
     print(lines[0], flush=True)
-    for steps in arguments.steps:
+    for name in arguments.shapes:
         recipe = {
             **RECIPE,
-            "base": {**RECIPE["base"], "max_steps": steps},  # type: ignore[dict-item]
+            "base": {**RECIPE["base"], **shape(name)},  # type: ignore[dict-item]
             "grid": {
                 "optimizer.learning_rate": LEARNING_RATES,
                 "seed": list(range(arguments.runs // len(LEARNING_RATES))),
             },
         }
-        lines.append(line := _line([f"{steps} steps", *COLUMNS]))
+        lines.append(line := _line([name, *COLUMNS]))
         print(line, flush=True)
         reference: Outcome | None = None
         for arm, command in arms.items():
@@ -104,6 +106,13 @@ def main() -> None:
     if arguments.save:
         path = Path(__file__).parent / "results" / f"{date.today()}-sweep.txt"
         path.write_text("\n".join(lines) + "\n")
+
+
+def shape(text: str) -> dict[str, int]:
+    """The keys of a run's specification that ``60x16/2`` stands for: steps x rows of a step / rows of a micro-batch."""
+    steps, _, batch = text.partition("x")
+    rows, _, micro = batch.partition("/")
+    return {"max_steps": int(steps), "batch_size": int(rows), "micro_batch_size": int(micro or rows)}
 
 
 def measured(command: list[str], recipe: Mapping[str, Any]) -> Outcome:

@@ -102,7 +102,7 @@ class Engine:
                 gc.freeze()  # before the base is there: a model that is trained itself must be free to go
                 if base is not None:
                     self._base(base)
-            client(self.setting.tracking_uri)
+                client(self.setting.tracking_uri)  # with the lock: ``packing`` measures what this process does
         except Exception as error:
             log.info("the first run will be told: %s", error)
 
