@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import statsmodels.api as sm
 from scipy import stats
+from statsmodels.regression.linear_model import OLS
+from statsmodels.tools import add_constant
 
 from emanalysis.score_matrix import Floats, Ints
 
@@ -50,7 +51,7 @@ def slope(x: Floats, y: Floats, cell: Ints) -> Estimate:
     cells = len(np.unique(cell))
     if cells < 3 or np.ptp(x) == 0:
         return Estimate(np.nan, np.nan, np.nan)
-    fit = sm.OLS(y, sm.add_constant(x)).fit(cov_type="cluster", cov_kwds={"groups": cell}, use_t=True)
+    fit = OLS(y, add_constant(x)).fit(cov_type="cluster", cov_kwds={"groups": cell}, use_t=True)
     low, high = fit.conf_int()[1]
     return Estimate(float(fit.params[1]), float(low), float(high))
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,8 +119,11 @@ class Engine:
             log.exception("could not measure what packing is worth on %s", base[0])
             return None
 
-    def advance(self, job: Job) -> Report:
-        """Let a run go on to its next report, beginning it where it is not known; blocks until the report is there."""
+    def advance(self, job: Job) -> Report | None:
+        """Let a run go on to its next report, beginning it where it is not known; blocks until the report is there.
+
+        None when the engine has given the run up meanwhile.
+        """
         key = job.run.run_key
         with self.changed:
             lane = self.lanes.get(key)
@@ -130,7 +133,7 @@ class Engine:
         if lane is None:
             lane = self._enter(job)
         report = lane.reports.get()
-        if report.ending is not None:
+        if report is not None and report.ending is not None:
             with self.changed:
                 self.lanes.pop(key, None)
         return report
@@ -142,6 +145,16 @@ class Engine:
             if lane is not None:
                 lane.dropped = True
                 self.changed.notify_all()
+
+    def give_up(self, run_keys: Collection[str], *, most: int) -> None:
+        """Leave to another engine what waits here for a slot, of these runs so many at most, those that came last."""
+        with self.changed:
+            # What has a state has reached more than is on disk.
+            waiting = [lane for lane in self.waiting if lane.ready and not lane.dropped and lane.state is None]
+            for lane in [lane for lane in waiting if lane.job.run.run_key in run_keys][-most:]:
+                self.waiting.remove(lane)
+                del self.lanes[lane.job.run.run_key]
+                lane.reports.put(None)
 
     def worked(self) -> dict[str, Work]:
         """What it has done so far, by model."""
@@ -198,13 +211,13 @@ class Engine:
             with self.changed:
                 self.changed.wait_for(lambda: any(lane.ready for lane in self.waiting))
                 lane = next(lane for lane in self.waiting if lane.ready)
-            try:
-                if self._alone(lane):
+                if alone := self._alone(lane):
                     self.waiting.remove(lane)
-                    if not lane.dropped:
-                        self._train_alone(lane)
-                else:
+            try:
+                if not alone:
                     self._train_packed(lane.job.base)
+                elif not lane.dropped:
+                    self._train_alone(lane)
             except Exception:
                 log.exception("the engine goes on without the runs that were in work")
 

@@ -22,7 +22,8 @@ class Lane:
     job: Job
     record: RunRecord
     data: TrainingData
-    reports: "queue.SimpleQueue[Report]" = field(default_factory=queue.SimpleQueue)
+    reports: "queue.SimpleQueue[Report | None]" = field(default_factory=queue.SimpleQueue)
+    """None is the last, where the engine has given the run up."""
     base_recorded: "Future[Any] | None" = None
     packed: "Run | None" = None
     """Its slot; None while it waits for one, or trains alone."""

@@ -96,20 +96,23 @@ class Trial(tune.Trainable):
         name, engine = self._lease()
         while True:
             try:
-                report: Report = ray.get(engine.advance.remote(self.job))
-                return report
+                report: Report | None = ray.get(engine.advance.remote(self.job))
             except ray.exceptions.RayActorError as error:
                 self.deaths += 1
                 if self.deaths > ENGINE_DEATHS:
                     raise RuntimeError(f"the engine process died {self.deaths} times under this run") from error
                 # Another engine takes the run up from its newest state.
                 name, engine = self._lease(died=name)
+                continue
+            if report is not None:
+                return report
+            name, engine = self._lease(given_up=True)
 
-    def _lease(self, *, died: str | None = None) -> tuple[str, Any]:
+    def _lease(self, *, died: str | None = None, given_up: bool = False) -> tuple[str, Any]:
         """Name and handle of the engine that is to train the run; waits for one with room."""
-        held = self.leased if died is None else None
-        while (leased := self.fleet.lease(self.job, held=held and held[0], died=died)) is None:
-            died = None  # told once
+        held = self.leased if died is None and not given_up else None
+        while (leased := self.fleet.lease(self.job, held=held and held[0], died=died, given_up=given_up)) is None:
+            died, given_up = None, False  # told once
             time.sleep(ASK_AGAIN_SECONDS)
         if held is not None and held[0] != leased[0]:
             held[1].drop.remote(self.job.run.run_key)  # the other one takes the run up from its newest state

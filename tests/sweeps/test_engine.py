@@ -223,6 +223,29 @@ def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record]
     assert [step.step for step in records[stopped.run.run_key].steps] == [1, 2, 3]
 
 
+def test_an_engine_gives_up_what_waits_for_a_slot_and_takes_it_again(records: dict[str, Record], tmp_path: Any) -> None:
+    engine = make_engine(tmp_path, capacity=1)
+    in_slot, kept, other, last = jobs = [job(seed) for seed in range(4)]
+    reached, go_on = Event(), Event()
+
+    def hold() -> None:
+        reached.set()
+        assert go_on.wait(60)
+
+    plan = Plan(STEPS, EVALUATED, tmp_path / in_slot.run.run_key)
+    records[in_slot.run.run_key] = Record(in_slot.run, plan, on_keep=hold)
+    lanes = [engine._enter(job) for job in jobs]
+    assert reached.wait(60)
+    engine.give_up([job.run.run_key for job in (in_slot, other, last)], most=1)
+    assert lanes[3].reports.get(timeout=60) is None
+    engine.give_up([in_slot.run.run_key, kept.run.run_key], most=2)
+    assert lanes[1].reports.get(timeout=60) is None
+    go_on.set()
+    assert [lane.reports.get(timeout=60).steps for lane in (lanes[0], lanes[2])] == [3, 3]
+    assert [engine.advance(job).steps for job in (kept, last)] == [3, 3]
+    assert [engine.advance(job).ending for job in jobs] == [Ending("FINISHED")] * 4
+
+
 def test_a_run_that_is_being_judged_does_not_hold_the_only_slot(
     records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,9 +24,18 @@ class Engine:
 
     lives: bool = True
     calls: list[Call] = field(default_factory=list)
+    asked: list[tuple[list[str], int]] = field(default_factory=list)
+    """The runs that it was asked to give up, and how many of them at most."""
+    answer: str = "answered"
+    """The state of a call that asks it to."""
 
     def __post_init__(self) -> None:
         self.__dict__["__ray_ready__"] = SimpleNamespace(remote=self._call)
+        self.give_up = SimpleNamespace(remote=self._give_up)
+
+    def _give_up(self, run_keys: list[str], *, most: int) -> Call:
+        self.asked.append((run_keys, most))
+        return Call(self.answer)
 
     def _call(self) -> Call:
         self.calls.append(Call("answered" if self.lives else "waiting"))
@@ -128,6 +137,49 @@ def test_a_run_that_had_waited_goes_on_where_it_is_in_memory_unless_another_engi
     assert leased(fleet, "b", held="two") == "two"
     assert leased(fleet, "d", held="two") == "two", "the other one has one less"
     assert leased(fleet, "e", held="two") == "one"
+
+
+def test_an_engine_that_runs_out_of_runs_gets_those_that_another_one_has_only_queued() -> None:
+    """Two slots each; ``a``, ``c``, ``e``, ``g`` go to the first, the others to the second, which gets to its end."""
+    first, second = Engine(), Engine()
+    fleet = Fleet({"first": first, "second": second}, slots=2)
+    assert [leased(fleet, key) for key in "abcdefgh"] == ["first", "second"] * 4
+    for key in "bd":
+        fleet.release(key)
+    assert not first.asked, "the second one has a run for each of its slots"
+    fleet.release("f")
+    assert first.asked == [(["a", "c", "e", "g"], 1)], "it has one slot free"
+    assert leased(fleet, "g", given_up=True) == "second"
+    fleet.release("h")
+    assert first.asked[1:] == [(["a", "c", "e"], 1)], "two of the three are in its slots"
+    assert leased(fleet, "e", given_up=True) == "second"
+    fleet.release("e")
+    fleet.release("g")
+    assert len(first.asked) == 2, "it has no more runs than slots"
+
+
+def test_no_engine_is_asked_again_before_the_first_was_answered() -> None:
+    first, second = Engine(answer="waiting"), Engine()
+    fleet = Fleet({"first": first, "second": second}, slots=2)
+    for key in "abcdefgh":
+        leased(fleet, key)
+    for key in "bdfh":
+        fleet.release(key)
+    assert len(first.asked) == 1
+
+
+def test_runs_of_another_base_are_not_moved_to_an_engine_that_is_not_done_with_its_own() -> None:
+    first, second = Engine(), Engine()
+    fleet = Fleet({"first": first, "second": second}, slots=2)
+    leased(fleet, "own", "this")
+    leased(fleet, "a", "that")
+    for key in "bcd":
+        assert leased(fleet, key, "that") == "second"
+    leased(fleet, "more", "this")
+    fleet.release("more")
+    assert not second.asked
+    fleet.release("own")
+    assert second.asked == [(["a", "b", "c", "d"], 2)]
 
 
 def test_the_runs_of_an_engine_that_died_go_to_another_while_ray_starts_it_anew() -> None:

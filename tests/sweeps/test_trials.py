@@ -20,20 +20,29 @@ pytestmark = pytest.mark.slow
 
 
 class Engine:
-    """Reports each run's evaluation at steps 5 and 10, then its end. Dies at the first call for a run named so."""
+    """Reports each run's evaluation at steps 5 and 10, then its end.
+
+    Dies at the first call for a run named so, and gives one named so up.
+    """
 
     def __init__(self, scratch: str) -> None:
         self.scratch, self.reached = Path(scratch), dict[str, int]()
 
-    def advance(self, job: Any) -> Report:
+    def advance(self, job: Any) -> Report | None:
         key = job.run.run_key
         died = self.scratch / f"{key}.died"
         if key.startswith("deadly") or (key.startswith("dies") and not died.exists()):
             died.touch()
             os._exit(1)
+        if key.startswith("queued") and not (given_up := self.scratch / f"{key}.given-up").exists():
+            given_up.touch()
+            return None
         at = self.reached[key] = self.reached.get(key, 0) + 5
         ending = Ending("FINISHED") if at > 10 else None
         return Report({"heldout/loss": float(job.loss)}, at, 10 * at, ending)
+
+    def give_up(self, run_keys: Any, *, most: int) -> None:
+        """Nothing waits for a slot here."""
 
     def drop(self, run_key: str) -> None:
         (self.scratch / f"{run_key}.dropped").touch()
@@ -105,6 +114,13 @@ def test_runs_that_wait_for_each_other_leave_their_places_and_those_that_end_are
     while not set(names[2:]) <= (dropped := {path.stem for path in tmp_path.glob("*.dropped")}):
         assert time.monotonic() < deadline, dropped
         time.sleep(0.1)
+
+
+def test_a_run_that_its_engine_gives_up_is_leased_again(tmp_path: Path) -> None:
+    results = fit(["queued", "well"], tmp_path)
+    assert (tmp_path / "queued.given-up").exists()
+    assert [result.metrics[STATUS] for result in results] == ["FINISHED", "FINISHED"]
+    assert [result.metrics["training_iteration"] for result in results] == [3, 3]
 
 
 def test_a_run_whose_engine_dies_goes_on_and_one_that_kills_every_engine_fails_alone(tmp_path: Path) -> None:
