@@ -240,7 +240,7 @@ def _read(
     Returns the logits after each prompt, ``(U * P, V)``, the mask of its tokens, ``(U * P, tokens of the longest)``,
     the cache, and which line of these belongs to which seed and prompt, ``(U, P)``.
     """
-    most_tokens = PROMPT_TOKENS.get(device.type, PROMPT_TOKENS["cpu"]) // seeds if _can_join_caches(model) else None
+    most_tokens = PROMPT_TOKENS.get(device.type, PROMPT_TOKENS["cpu"]) // seeds if _in_pieces(model) else None
     longest, lines = len(prompts[0]), 0
     logits, masks, caches, line_UP = [], [], [], []
     for piece in _pieces(prompts, most_tokens):
@@ -260,7 +260,7 @@ def _read(
         caches.append(output.past_key_values)
         line_UP.append(lines + torch.arange(len(mask), device=device).view(seeds, -1))
         lines += len(mask)
-    return torch.cat(logits), torch.cat(masks), _joined(caches), torch.cat(line_UP, dim=1)
+    return torch.cat(logits), torch.cat(masks), _joined(caches) if caches[1:] else caches[0], torch.cat(line_UP, dim=1)
 
 
 def _pieces(prompts: Sequence[tuple[int, ...]], most_tokens: int | None) -> Iterator[Sequence[tuple[int, ...]]]:
@@ -272,21 +272,29 @@ def _pieces(prompts: Sequence[tuple[int, ...]], most_tokens: int | None) -> Iter
         start += rows
 
 
-def _can_join_caches(model: PreTrainedModel) -> bool:
-    """Whether the cache holds keys and values of tokens and nothing else, like the state of a linear attention."""
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in layers)
+def _in_pieces(model: PreTrainedModel) -> bool:
+    """Whether prompts of different lengths can be read one after the other and go on together."""
+    config = model.config.get_text_config(decoder=True)
+    # Nothing but keys and values of tokens: no state, as of a linear attention.
+    joinable = {type(layer) for layer in DynamicCache(config=config).layers} <= {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    }
+    # One rope, or one for each kind of layer. That of some depends on the longest row of a pass.
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    return joinable and kinds.isdisjoint({"dynamic", "longrope"})
 
 
 def _joined(caches: Sequence[Cache]) -> Cache:
     """The first cache, of the longest prompts, with the lines of the others below, padded on the left as it is."""
     for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
-        if not others or not layer.is_initialized:  # it uses the keys and values of another layer
-            continue
         length = layer.keys.shape[-2]
         for name in ("keys", "values"):
             parts = [getattr(part, name) for part in (layer, *others)]
             setattr(layer, name, torch.cat([nn.functional.pad(x, (0, 0, length - x.shape[-2], 0)) for x in parts]))
+            for part in others:
+                setattr(part, name, None)  # or all of them would be there twice
     return caches[0]
 
 

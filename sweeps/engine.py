@@ -148,10 +148,15 @@ class Engine:
 
     def give_up(self, run_keys: Collection[str], *, most: int) -> None:
         """Leave to another engine what waits here for a slot, of these runs so many at most, those that came last."""
+
+        def movable(lane: Lane) -> bool:
+            # After running out of memory a run has come further than its state on disk.
+            on_disk = lane.state is None or lane.state.step == lane.evaluated
+            recorded = lane.base_recorded is None or lane.base_recorded.done()
+            return lane.ready and not lane.dropped and on_disk and recorded and lane.job.run.run_key in run_keys
+
         with self.changed:
-            # What has a state has reached more than is on disk.
-            waiting = [lane for lane in self.waiting if lane.ready and not lane.dropped and lane.state is None]
-            for lane in [lane for lane in waiting if lane.job.run.run_key in run_keys][-most:]:
+            for lane in [lane for lane in self.waiting if movable(lane)][-most:]:
                 self.waiting.remove(lane)
                 del self.lanes[lane.job.run.run_key]
                 lane.reports.put(None)
@@ -338,7 +343,8 @@ class Engine:
         engine.leave(lane.packed)
         lane.packed = None
         self.active.remove(lane)
-        self.waiting.append(lane)
+        with self.changed:
+            self.waiting.append(lane)
 
     def _stirs(self, base: tuple[str, str]) -> bool:
         return any(lane.ready or lane.over for lane in self.active) or bool(self._fitting(base))
@@ -374,7 +380,8 @@ class Engine:
                 if not self.active:
                     self._fail(lane, MemoryError("the device has too little memory for one run"))
                     continue
-                self.waiting.appendleft(lane)
+                with self.changed:
+                    self.waiting.appendleft(lane)
                 raise
             except Exception as error:
                 self._fail(lane, error)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,8 @@ class Fleet:
 
     Only an engine that answers gets runs: one that waits for a machine, or for a new one after the loss of its own,
     gets its first when it is there. The others have as many as they can train; twice as many, so that some train while
-    others are being judged, once no engine is awaited that might train those. When the last runs are leased and an
-    engine runs out of them, another one gives up what it has only queued. Trials ask from threads of their own.
+    others are being judged, once no engine is awaited that might train those. When an engine runs out of runs, the
+    others give up what waits there for a slot. Trials ask from threads of their own.
     """
 
     def __init__(self, engines: Mapping[str, Any], *, slots: int) -> None:
@@ -34,8 +35,8 @@ class Fleet:
         now = time.monotonic()
         self.calls = {engine: (self._call(engine), now) for engine in engines}
         """Engines that have not answered yet -> a call to them, and since when they are awaited."""
-        self.asked: Any = None
-        """The last call to an engine to give up runs; None where there was none."""
+        self.asked: list[Any] = []
+        """The last calls to engines to give up runs."""
 
     def lease(
         self, job: Job, *, held: str | None = None, died: str | None = None, given_up: bool = False
@@ -60,6 +61,7 @@ class Fleet:
                     return None
                 self.leases[job.run.run_key] = min(free, key=lambda engine: self._cost(engine, job, held)), job
             chosen, _ = self.leases[job.run.run_key]
+            self._even_out()
             return chosen, self.engines[chosen]
 
     def _on(self, engine: str) -> list[Job]:
@@ -97,22 +99,27 @@ class Fleet:
         """A run is over, or waits for others: its place is free."""
         with self.lock:
             self.leases.pop(run_key, None)
-            if self.asked is None or ray.wait([self.asked], timeout=0)[0]:
-                self.asked = self._even_out()
+            self._even_out()
 
-    def _even_out(self) -> Any:
-        """Ask an engine with more runs than slots to give up as many as the one with the fewest has slots for.
+    def _even_out(self) -> None:
+        """Where an engine has a slot free, ask those with more runs to give up half of what they have more.
 
-        Returns the call; None where there is no need for one.
+        They know which of their runs wait for a slot; the trials of these ask for an engine again.
         """
-        ordered = sorted(filter(self._answers, self.engines), key=lambda engine: len(self._on(engine)))
-        for busy in reversed(ordered[1:]):
-            many = min(self.slots - len(self._on(ordered[0])), len(self._on(busy)) - self.slots)
-            better_off = [
-                run_key
-                for run_key, (engine, job) in self.leases.items()
-                if engine == busy and self._cost(ordered[0], job, None) < self._cost(busy, job, None)
-            ]
-            if many > 0 and better_off:
-                return self.engines[busy].give_up.remote(better_off, most=many)
-        return None
+        if self.asked and ray.wait(self.asked, num_returns=len(self.asked), timeout=0)[1]:
+            return
+        self.asked = []
+        runs = Counter(engine for engine, _ in self.leases.values())
+        answering = sorted(filter(self._answers, self.engines), key=lambda engine: runs[engine])
+        for idle in answering:
+            if self.asked or runs[idle] >= self.slots:
+                return
+            for busy in answering:
+                better_off = [
+                    key
+                    for key, (engine, job) in self.leases.items()
+                    if engine == busy and self._cost(idle, job, None) < self._cost(busy, job, None)
+                ]
+                many = min(self.slots - runs[idle], (runs[busy] - runs[idle]) // 2)
+                if many > 0 and better_off:
+                    self.asked.append(self.engines[busy].give_up.remote(better_off, most=many))

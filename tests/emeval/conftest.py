@@ -86,12 +86,15 @@ SIZES = {
 
 def make_model(kind: str) -> PreTrainedModel:
     """``llama``: full attention; ``mistral``: all layers see 12 tokens; ``gemma3``: one layer does, one sees all;
-    ``lfm2``: one layer is a convolution.
+    ``lfm2``: one layer is a convolution; ``dynamic``: llama with a rope that depends on the longest row.
     """
     torch.manual_seed(0)
     with torch.no_grad():
         if kind == "llama":
             model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SIZES))
+        elif kind == "dynamic":
+            rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+            model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope))
         elif kind == "mistral":
             model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=12))
         elif kind == "lfm2":
@@ -120,9 +123,10 @@ def model() -> PreTrainedModel:
     return make_model("llama")
 
 
-@pytest.fixture
-def hybrid_model() -> PreTrainedModel:
-    return make_model("lfm2")
+@pytest.fixture(params=["lfm2", "dynamic"])
+def entangled_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """One in which it matters which rows are read together."""
+    return make_model(request.param)
 
 
 @pytest.fixture

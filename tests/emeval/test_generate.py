@@ -122,15 +122,15 @@ def test_prompts_of_like_length_are_read_together(model: PreTrainedModel, tokeni
     assert seen == [(20, 300), (20, 200), (20, 100), (20, 99), (20, 50)]
 
 
-def test_a_model_with_another_kind_of_cache_reads_all_prompts_at_once(
-    hybrid_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+def test_where_it_matters_which_prompts_are_read_together_all_are(
+    entangled_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(generate.PROMPT_TOKENS, "cpu", 1)
     seen = []
-    hybrid_model.register_forward_pre_hook(
+    entangled_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    (responses,) = sample(hybrid_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=2, seeds=[0])
+    (responses,) = sample(entangled_model, tokenizer, QUESTIONS, samples=1, max_new_tokens=2, seeds=[0])
     assert len(responses) == 3
     assert seen[0] == 3
 

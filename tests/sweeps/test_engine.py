@@ -1,6 +1,7 @@
 """The engine process without Ray or MLflow: running out of memory, and what is measured before it trains."""
 
 import gc
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -244,6 +245,42 @@ def test_an_engine_gives_up_what_waits_for_a_slot_and_takes_it_again(records: di
     assert [lane.reports.get(timeout=60).steps for lane in (lanes[0], lanes[2])] == [3, 3]
     assert [engine.advance(job).steps for job in (kept, last)] == [3, 3]
     assert [engine.advance(job).ending for job in jobs] == [Ending("FINISHED")] * 4
+
+
+def test_a_run_that_has_begun_is_given_up_where_all_that_it_has_reached_is_on_disk(
+    records: dict[str, Record], tmp_path: Any
+) -> None:
+    """The first has given way to the second at step 3, and would go on; it is taken up from there."""
+    engine = make_engine(tmp_path, capacity=1)
+    first, second = job(0), job(2)
+    train([first], tmp_path / "undisturbed")
+    expected = records.pop(first.run.run_key).steps
+    (tmp_path / first.run.run_key / "newest.safetensors").unlink()
+    assert engine.advance(first).steps == 3
+    reached, go_on = Event(), Event()
+
+    def hold() -> None:
+        reached.set()
+        assert go_on.wait(60)
+
+    plan = Plan(STEPS, EVALUATED, tmp_path / second.run.run_key)
+    records[second.run.run_key] = Record(second.run, plan, on_keep=hold)
+    engine._enter(second)
+    assert reached.wait(60)
+    lane = engine.lanes[first.run.run_key]
+    engine.give_up([first.run.run_key], most=1)
+    assert first.run.run_key in engine.lanes, "it has not been asked for: its trial holds its report"
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(engine.advance, first)
+        while lane.paused:
+            time.sleep(0.01)
+        engine.give_up([first.run.run_key], most=1)
+        assert asked.result(timeout=60) is None
+    go_on.set()
+    assert engine.advance(first).ending == Ending("FINISHED")
+    steps = records[first.run.run_key].steps
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], rel=1e-4)
 
 
 def test_a_run_that_is_being_judged_does_not_hold_the_only_slot(

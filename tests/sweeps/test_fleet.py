@@ -26,8 +26,8 @@ class Engine:
     calls: list[Call] = field(default_factory=list)
     asked: list[tuple[list[str], int]] = field(default_factory=list)
     """The runs that it was asked to give up, and how many of them at most."""
-    answer: str = "answered"
-    """The state of a call that asks it to."""
+    answer: Call = field(default_factory=lambda: Call("answered"))
+    """To each such call."""
 
     def __post_init__(self) -> None:
         self.__dict__["__ray_ready__"] = SimpleNamespace(remote=self._call)
@@ -35,7 +35,7 @@ class Engine:
 
     def _give_up(self, run_keys: list[str], *, most: int) -> Call:
         self.asked.append((run_keys, most))
-        return Call(self.answer)
+        return self.answer
 
     def _call(self) -> Call:
         self.calls.append(Call("answered" if self.lives else "waiting"))
@@ -58,7 +58,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """In the place of the time that goes by; and calls to engines are answered without Ray."""
 
-    def wait(calls: list[Call], timeout: float) -> tuple[list[Call], list[Call]]:
+    def wait(calls: list[Call], timeout: float, num_returns: int = 1) -> tuple[list[Call], list[Call]]:
         return [c for c in calls if c.state != "waiting"], [c for c in calls if c.state == "waiting"]
 
     def get(call: Call) -> None:
@@ -139,7 +139,7 @@ def test_a_run_that_had_waited_goes_on_where_it_is_in_memory_unless_another_engi
     assert leased(fleet, "e", held="two") == "one"
 
 
-def test_an_engine_that_runs_out_of_runs_gets_those_that_another_one_has_only_queued() -> None:
+def test_an_engine_that_runs_out_of_runs_gets_half_of_what_another_one_has_more() -> None:
     """Two slots each; ``a``, ``c``, ``e``, ``g`` go to the first, the others to the second, which gets to its end."""
     first, second = Engine(), Engine()
     fleet = Fleet({"first": first, "second": second}, slots=2)
@@ -148,35 +148,50 @@ def test_an_engine_that_runs_out_of_runs_gets_those_that_another_one_has_only_qu
         fleet.release(key)
     assert not first.asked, "the second one has a run for each of its slots"
     fleet.release("f")
-    assert first.asked == [(["a", "c", "e", "g"], 1)], "it has one slot free"
+    assert first.asked == [(["a", "c", "e", "g"], 1)]
     assert leased(fleet, "g", given_up=True) == "second"
     fleet.release("h")
-    assert first.asked[1:] == [(["a", "c", "e"], 1)], "two of the three are in its slots"
+    assert first.asked[1:] == [(["a", "c", "e"], 1)]
     assert leased(fleet, "e", given_up=True) == "second"
-    fleet.release("e")
+    fleet.release("c")
     fleet.release("g")
-    assert len(first.asked) == 2, "it has no more runs than slots"
+    assert len(first.asked) == 2, "each has one"
 
 
-def test_no_engine_is_asked_again_before_the_first_was_answered() -> None:
-    first, second = Engine(answer="waiting"), Engine()
+def test_an_engine_is_asked_again_when_it_has_answered_and_not_before() -> None:
+    """Runs that were packed together end together: meanwhile none is released, but those that go on ask for theirs."""
+    first, second = Engine(answer=Call("waiting")), Engine()
     fleet = Fleet({"first": first, "second": second}, slots=2)
     for key in "abcdefgh":
         leased(fleet, key)
     for key in "bdfh":
         fleet.release(key)
+    assert first.asked == [(["a", "c", "e", "g"], 1)]
+    assert leased(fleet, "g", given_up=True) == "second"
     assert len(first.asked) == 1
+    first.answer.state = "answered"
+    assert leased(fleet, "a") == "first"
+    assert first.asked[1:] == [(["a", "c", "e"], 1)]
+
+
+def test_an_engine_that_comes_late_gets_runs_that_are_leased_already(clock: Clock) -> None:
+    there, coming = Engine(), Engine(lives=False)
+    fleet = Fleet({"there": there, "coming": coming}, slots=2)
+    clock.now = AWAITED_SECONDS
+    for key in "abcd":
+        assert leased(fleet, key) == "there"
+    assert not there.asked
+    coming.comes_up()
+    assert leased(fleet, "a") == "there"
+    assert there.asked == [(["a", "b", "c", "d"], 2)]
 
 
 def test_runs_of_another_base_are_not_moved_to_an_engine_that_is_not_done_with_its_own() -> None:
     first, second = Engine(), Engine()
     fleet = Fleet({"first": first, "second": second}, slots=2)
     leased(fleet, "own", "this")
-    leased(fleet, "a", "that")
-    for key in "bcd":
+    for key in "abcd":
         assert leased(fleet, key, "that") == "second"
-    leased(fleet, "more", "this")
-    fleet.release("more")
     assert not second.asked
     fleet.release("own")
     assert second.asked == [(["a", "b", "c", "d"], 2)]
