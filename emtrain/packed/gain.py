@@ -54,7 +54,7 @@ def packing(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, *, most
 
     Points of the curve are kept in the cache directory, for models of this shape on this device, for rows, adapters
     and optimiser of this shape, this engine and these versions of the software. Only points that are not there are
-    measured, those that seem to end the curve twice: 4 s of a processor for a micro model.
+    measured, one that seems to end the curve twice: 3 s of a processor for a micro model.
     """
     import torch
 
@@ -68,28 +68,20 @@ def packing(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, *, most
     kept = cache_dir() / "packing" / f"{_identity(model, spec, data, device)}.json"
     points = _read(kept)
     seconds: dict[int, float] = {}
-    once: list[int] = []
-    """Runs whose point was measured just now."""
     reason, runs = "no more are wanted", 1
     while runs <= most:
         try:
             if runs not in points:
                 points[runs] = _measure(model, spec, data, runs)
-                once.append(runs)
+                if _ends(points, runs):
+                    # Other work slows a machine down for seconds at a time, and what is kept counts for ever after.
+                    points[runs] = min(points[runs], _measure(model, spec, data, runs), key=lambda point: point.seconds)
                 _write(kept, points)
-            ends = runs >= 4 and points[runs].seconds > WORTH * points[runs // 4].seconds
-            if ends and once:
-                # Other work slows a machine down for seconds at a time, and what is kept counts for ever after.
-                for again in once:
-                    points[again] = min(points[again], _measure(model, spec, data, again), key=lambda p: p.seconds)
-                _write(kept, points)
-                once.clear()
-                continue
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return Packing(max(1, runs // 2), f"{runs} run out of memory", device, seconds)
-        seconds = {known: points[known].seconds for known in (*seconds, runs)}
-        if ends:
+        seconds[runs] = points[runs].seconds
+        if _ends(points, runs):
             reason = "more gain less than 10 %"
             break
         # Half of the memory is for the activations of a pass (emtrain.packed.costs).
@@ -108,6 +100,10 @@ def packing(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, *, most
 class _Point:
     seconds: float
     bytes_per_run: int
+
+
+def _ends(points: Mapping[int, _Point], runs: int) -> bool:
+    return runs >= 4 and points[runs].seconds > WORTH * points[runs // 4].seconds
 
 
 def _measure(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, runs: int) -> _Point:
