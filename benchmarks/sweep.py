@@ -78,6 +78,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of each run, in a table for each")
     parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results")
     arguments = parser.parse_args()
+    try:
+        shapes = {name: shape(name) for name in arguments.shapes}
+    except ValueError:
+        parser.error(f"--shapes: expected steps x rows [/ rows of a micro-batch], as in {' '.join(SHAPES)}")
     emsweep = [sys.executable, "-c", "from sweeps.cli import main; main()", "run", "recipe.yaml", "--no-report"]
     arms = {
         "script": [sys.executable, str(Path(__file__).with_name("sweep_script.py")), "recipe.yaml"],
@@ -86,10 +90,10 @@ def main() -> None:
     }
     lines = [f"{date.today()}  {platform.machine()}, {PROCESSES} cores; {arguments.runs} runs"]
     print(lines[0], flush=True)
-    for name in arguments.shapes:
+    for name, settings in shapes.items():
         recipe = {
             **RECIPE,
-            "base": {**RECIPE["base"], **shape(name)},  # type: ignore[dict-item]
+            "base": {**RECIPE["base"], **settings},  # type: ignore[dict-item]
             "grid": {
                 "optimizer.learning_rate": LEARNING_RATES,
                 "seed": list(range(arguments.runs // len(LEARNING_RATES))),

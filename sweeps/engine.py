@@ -148,15 +148,9 @@ class Engine:
 
     def give_up(self, run_keys: Collection[str], *, most: int) -> None:
         """Leave to another engine what waits here for a slot, of these runs so many at most, those that came last."""
-
-        def movable(lane: Lane) -> bool:
-            # After running out of memory a run has come further than its state on disk.
-            on_disk = lane.state is None or lane.state.step == lane.evaluated
-            recorded = lane.base_recorded is None or lane.base_recorded.done()
-            return lane.ready and not lane.dropped and on_disk and recorded and lane.job.run.run_key in run_keys
-
         with self.changed:
-            for lane in [lane for lane in self.waiting if movable(lane)][-most:]:
+            movable = [lane for lane in self.waiting if lane.movable and lane.job.run.run_key in run_keys]
+            for lane in movable[-most:]:
                 self.waiting.remove(lane)
                 del self.lanes[lane.job.run.run_key]
                 lane.reports.put(None)

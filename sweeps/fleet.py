@@ -115,11 +115,13 @@ class Fleet:
             if self.asked or runs[idle] >= self.slots:
                 return
             for busy in answering:
+                many = min(self.slots - runs[idle], (runs[busy] - runs[idle]) // 2)
+                if many < 1:
+                    continue
                 better_off = [
                     key
                     for key, (engine, job) in self.leases.items()
                     if engine == busy and self._cost(idle, job, None) < self._cost(busy, job, None)
                 ]
-                many = min(self.slots - runs[idle], (runs[busy] - runs[idle]) // 2)
-                if many > 0 and better_off:
+                if better_off:
                     self.asked.append(self.engines[busy].give_up.remote(better_off, most=many))

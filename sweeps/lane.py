@@ -45,6 +45,14 @@ class Lane:
         return not self.paused or self.dropped
 
     @property
+    def movable(self) -> bool:
+        """Whether another engine can take it up while it waits for a slot: all that it has reached is on disk."""
+        # After running out of memory a run has come further than that.
+        on_disk = self.state is None or self.state.step == self.evaluated
+        recorded = self.base_recorded is None or self.base_recorded.done()
+        return self.ready and not self.dropped and on_disk and recorded
+
+    @property
     def due(self) -> bool:
         """Whether it is to be evaluated before its next step."""
         step = self.packed.step if self.packed is not None else 0

@@ -224,17 +224,23 @@ def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record]
     assert [step.step for step in records[stopped.run.run_key].steps] == [1, 2, 3]
 
 
-def test_an_engine_gives_up_what_waits_for_a_slot_and_takes_it_again(records: dict[str, Record], tmp_path: Any) -> None:
-    engine = make_engine(tmp_path, capacity=1)
-    in_slot, kept, other, last = jobs = [job(seed) for seed in range(4)]
+def held(records: dict[str, Record], job: Job, tmp_path: Any) -> tuple[Event, Event]:
+    """Keep a run, and the training thread with it, at each evaluation point: reached, and that it may go on."""
     reached, go_on = Event(), Event()
 
     def hold() -> None:
         reached.set()
         assert go_on.wait(60)
 
-    plan = Plan(STEPS, EVALUATED, tmp_path / in_slot.run.run_key)
-    records[in_slot.run.run_key] = Record(in_slot.run, plan, on_keep=hold)
+    plan = Plan(STEPS, EVALUATED, tmp_path / job.run.run_key)
+    records[job.run.run_key] = Record(job.run, plan, on_keep=hold)
+    return reached, go_on
+
+
+def test_an_engine_gives_up_what_waits_for_a_slot_and_takes_it_again(records: dict[str, Record], tmp_path: Any) -> None:
+    engine = make_engine(tmp_path, capacity=1)
+    in_slot, kept, other, last = jobs = [job(seed) for seed in range(4)]
+    reached, go_on = held(records, in_slot, tmp_path)
     lanes = [engine._enter(job) for job in jobs]
     assert reached.wait(60)
     engine.give_up([job.run.run_key for job in (in_slot, other, last)], most=1)
@@ -257,14 +263,7 @@ def test_a_run_that_has_begun_is_given_up_where_all_that_it_has_reached_is_on_di
     expected = records.pop(first.run.run_key).steps
     (tmp_path / first.run.run_key / "newest.safetensors").unlink()
     assert engine.advance(first).steps == 3
-    reached, go_on = Event(), Event()
-
-    def hold() -> None:
-        reached.set()
-        assert go_on.wait(60)
-
-    plan = Plan(STEPS, EVALUATED, tmp_path / second.run.run_key)
-    records[second.run.run_key] = Record(second.run, plan, on_keep=hold)
+    reached, go_on = held(records, second, tmp_path)
     engine._enter(second)
     assert reached.wait(60)
     lane = engine.lanes[first.run.run_key]
