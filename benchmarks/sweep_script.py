@@ -75,7 +75,6 @@ def trial(config: Mapping[str, Any]) -> None:
     train, heldout = (encode_rows(rows, tokenizer, spec.max_length) for rows in parts)
     order = row_order(len(train), batch_size=spec.batch_size, total_steps=run.total_steps, seed=spec.seed)
     rows = [train[row] for row in order.flatten().tolist()]
-    micro_batch_size = spec.micro_batch_size or spec.batch_size
     judges = [judge.build(cache=Path("unused")) for judge in evaluation.spec.judges]
     spent, frames = 0.0, []
 
@@ -111,8 +110,8 @@ def trial(config: Mapping[str, Any]) -> None:
             args=SFTConfig(
                 output_dir=scratch,
                 max_steps=run.total_steps,
-                per_device_train_batch_size=micro_batch_size,
-                gradient_accumulation_steps=spec.batch_size // micro_batch_size,
+                per_device_train_batch_size=spec.micro_rows,
+                gradient_accumulation_steps=spec.batch_size // spec.micro_rows,
                 train_sampling_strategy="sequential",  # the rows are in their order already
                 learning_rate=spec.optimizer.learning_rate,
                 max_grad_norm=spec.optimizer.max_grad_norm,

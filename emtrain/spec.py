@@ -200,6 +200,11 @@ class RunSpec(Spec):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
+    @property
+    def micro_rows(self) -> int:
+        """Rows per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
     def total_steps(self, training_rows: int) -> int:
         """Optimiser steps that show each of ``training_rows`` rows ``epochs`` times, rounded up."""
         if self.max_steps is not None:

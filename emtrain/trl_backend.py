@@ -109,12 +109,11 @@ def _train(
 
 
 def _arguments(spec: RunSpec, steps: int, scratch: str, device: torch.device) -> SFTConfig:
-    micro_batch_size = spec.micro_batch_size or spec.batch_size
     return SFTConfig(
         output_dir=scratch,
         max_steps=steps,
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=spec.batch_size // micro_batch_size,
+        per_device_train_batch_size=spec.micro_rows,
+        gradient_accumulation_steps=spec.batch_size // spec.micro_rows,
         train_sampling_strategy="sequential",
         max_grad_norm=spec.optimizer.max_grad_norm or 0.0,
         dataset_kwargs={"skip_prepare_dataset": True},

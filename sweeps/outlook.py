@@ -240,7 +240,7 @@ class Outlook:
                     spec.adapter,
                     spec.optimizer,
                     itemsize=itemsize,
-                    rows=(spec.micro_batch_size or spec.batch_size) if alone else 1,
+                    rows=spec.micro_rows if alone else 1,
                     row_tokens=spec.max_length
                     if set(datasets_of(spec)) & set(self.missing)
                     else row_tokens_of(spec).longest,

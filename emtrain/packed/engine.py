@@ -225,8 +225,8 @@ def _check_frame(frame: Frame, spec: RunSpec, data: TrainingData) -> None:
     longest = max(len(row.input_ids) for row in data.train)
     if longest > frame.tokens:
         raise ValueError(f"the engine's frame has {frame.tokens} tokens, but the run has a row of {longest}")
-    rows = spec.micro_batch_size or spec.batch_size
-    if spec.adapter != "full" and spec.adapter.dropout and rows > frame.rows:
+    if spec.adapter != "full" and spec.adapter.dropout and spec.micro_rows > frame.rows:
         raise ValueError(
-            f"the engine's frame has {frame.rows} rows, but the run's micro-batches, by which it draws dropout, {rows}"
+            f"the engine's frame has {frame.rows} rows, but the run's micro-batches, by which it draws dropout, "
+            f"{spec.micro_rows}"
         )

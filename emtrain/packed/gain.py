@@ -138,7 +138,7 @@ def _identity(model: "PreTrainedModel", spec: RunSpec, data: TrainingData, devic
     identity = [
         [model.config.to_json_string(), str(model.dtype)],
         [device, platform.node(), torch.get_num_threads()],
-        [spec.batch_size, spec.micro_batch_size, statistics.mean(lengths), max(lengths), responses],
+        [spec.batch_size, spec.micro_rows, statistics.mean(lengths), max(lengths), responses],
         [spec.model_dump(mode="json")["adapter"], spec.optimizer.name],
         [importlib.metadata.version(name) for name in ("torch", "transformers")],
         [hashlib.sha256(source.read_bytes()).hexdigest() for source in sorted(Path(__file__).parent.glob("*.py"))],

@@ -71,7 +71,7 @@ class Run:
         rows = [self.data.train[number] for number in self._order[self.step]]
         if self.adapter.dropout:
             dropout = Dropout(self.adapter.dropout, self.generator, self.layers)
-            size = self.spec.micro_batch_size or self.spec.batch_size
+            size = self.spec.micro_rows
         else:
             dropout = None
             rows.sort(key=lambda row: len(row.input_ids), reverse=True)
