@@ -36,7 +36,7 @@ from emtrain.tracking import SweepLog
 from emtrain.train import Step
 from sweeps import runner
 from sweeps.agenda import Agenda
-from sweeps.connection import connected
+from sweeps.connection import Connection
 from sweeps.lease import Job, Report
 from sweeps.planner import plan_sweep
 from sweeps.progress import Board, Display
@@ -160,8 +160,9 @@ def sweep(runs: int) -> dict[str, float]:
     agenda = Agenda.open(recipe, plan_sweep(recipe), log, data_dir=data)
     clock = Clock(recipe)
     began = time.perf_counter()
-    with connected(None):
-        runner.execute(agenda, Setting(uri, data, agenda.recipe.name), address=None, display=clock)
+    with Connection(None) as connection:
+        connection.open()
+        runner.execute(agenda, Setting(uri, data, agenda.recipe.name), connection=connection, display=clock)
     wall = time.perf_counter() - began
     with sqlite3.connect(data / "mlflow.db") as rows:
         tables = ("metrics", "latest_metrics", "params", "tags", "runs")

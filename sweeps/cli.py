@@ -28,6 +28,7 @@ from sweeps.terminal import literal
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from sweeps.connection import Connection
     from sweeps.planner import SweepPlan
     from sweeps.recipe import Recipe
 
@@ -191,6 +192,7 @@ def run(
     report_: Annotated[bool, typer.Option("--report/--no-report", help="Write the report at the end.")] = True,
 ) -> None:
     """Run a sweep. Started again, it goes on where it was: finished runs are never repeated."""
+    from sweeps.connection import Connection
     from sweeps.planner import plan_sweep
     from sweeps.recipe import kept_text, recipe_text
 
@@ -200,11 +202,12 @@ def run(
         from sweeps.cluster import check_address
 
         check_address(address)
-    failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), address=address)
-    if report_:
-        from sweeps.stored import write_report
+    with Connection(address) as connection:
+        failed = _execute(loaded, planned, text=kept_text(recipe_text(recipe), set_ or ()), connection=connection)
+        if report_:
+            from sweeps.stored import write_report
 
-        _say_report(write_report(loaded.name, uri=_uri(loaded.tracking.uri)))
+            _say_report(write_report(loaded.name, uri=_uri(loaded.tracking.uri)))
     if address is None:
         out.print(f"browse runs in MLflow:  [bold]{literal(_ui_command(loaded.tracking.uri))}[/]", highlight=False)
     if failed:
@@ -562,8 +565,8 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     return load_recipe(recipe_text(recipe), source=recipe_path(recipe).name, overrides=overrides or ())
 
 
-def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str | None) -> int:
-    """Run what is left of a sweep; returns how many of its runs failed."""
+def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "Connection") -> int:
+    """Run what is left of a sweep on the Ray of ``connection``; returns how many of its runs failed."""
     from emtrain import names
     from emtrain.tracking import SweepLog, tracking_uri
     from sweeps.agenda import Agenda, is_over
@@ -596,7 +599,6 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str 
             return 0
         sweep.set_status(sweep.parent_run_id, "RUNNING")
         from sweeps import runner
-        from sweeps.connection import connected
 
         out.print("preparing models and starting workers ...")
         expected = sum(most_runs(recipe, len(planned.runs)).values())
@@ -604,9 +606,9 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, address: str 
         for run_key in stopped:
             board.runs[run_key].status = "KILLED"
         try:
-            # In this order: Ray forks, and a fork while another thread runs may hang.
-            with connected(address), Display(out, board) as display:
-                runner.execute(agenda, setting, address=address, display=display)
+            connection.open()
+            with Display(out, board) as display:
+                runner.execute(agenda, setting, connection=connection, display=display)
         except (runner.Interrupted, KeyboardInterrupt):
             sweep.set_status(sweep.parent_run_id, "KILLED")
             err.print(

@@ -19,7 +19,8 @@ an engine takes 2 to 10 s to start."""
 
 
 class Fleet:
-    """Leases out ``engines`` (Ray's handles by name), each of which trains ``slots`` runs at once.
+    """Leases out ``engines`` (Ray's handles by name), each of which trains ``slots`` runs at once; 0 until
+    ``open`` tells, with no leases before.
 
     Only an engine that answers gets runs: one that waits for a machine, or for a new one after the loss of its own,
     gets its first when it is there. The others have as many as they can train; twice as many, so that some train while
@@ -37,6 +38,12 @@ class Fleet:
         """Engines that have not answered yet -> a call to them, and since when they are awaited."""
         self.asked: list[Any] = []
         """The last calls to engines to give up runs."""
+
+    def open(self, slots: int) -> None:
+        """Begin to lease out the engines; those that do not answer yet are awaited from now on."""
+        with self.lock:
+            self.slots, now = slots, time.monotonic()
+            self.calls = {engine: (call, now) for engine, (call, _) in self.calls.items()}
 
     def lease(
         self, job: Job, *, held: str | None = None, died: str | None = None, given_up: bool = False

@@ -25,7 +25,7 @@ from emtrain.seeds import derive
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog
 from sweeps import cluster
-from sweeps.connection import connected
+from sweeps.connection import Connection
 from sweeps.inputs import base_model, data_of
 from sweeps.lease import base_of
 from sweeps.planner import Evaluation
@@ -323,8 +323,9 @@ def survey(
     """
     if not tasks:
         return
-    with connected(address):
-        capacity = cluster.Capacity.of(ray.cluster_resources()) if address is None else cluster.capacity()
+    with Connection(address) as connection:
+        connection.open()
+        capacity = cluster.Capacity.of(ray.cluster_resources()) if connection.own else cluster.capacity()
         make = ray.remote(Surveyor).options(
             num_cpus=1, num_gpus=capacity.gpus_per_engine, max_restarts=-1, max_task_retries=DEATHS
         )

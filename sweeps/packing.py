@@ -40,6 +40,11 @@ def measured(engines: Mapping[str, Any], bases: Iterable[tuple[str, str]]) -> "d
     return {base: packing for base, packing in packings.items() if packing is not None}
 
 
+def worth_packing(packings: "Mapping[str, Packing]") -> int:
+    """How many runs an engine is to train at once: the most on any base; one where nothing could be measured."""
+    return max((packing.runs for packing in packings.values()), default=1)
+
+
 def _answer(call: Any) -> "Packing | None":
     try:
         packing: Packing | None = ray.get(call)

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -17,11 +17,12 @@ from emtrain import names
 from emtrain.load import files_at_hand, on_hub
 from sweeps import cluster, throughput
 from sweeps.agenda import Agenda, is_over
+from sweeps.connection import Connection
 from sweeps.content import keep_datasets, pinned
 from sweeps.engine import Engine
 from sweeps.halving import Halving, rung_steps
 from sweeps.lease import Job, base_of
-from sweeps.packing import heaviest, measured
+from sweeps.packing import heaviest, worth_packing
 from sweeps.planner import PlannedRun, examples
 from sweeps.progress import Display
 from sweeps.recipe import StoppingSpec
@@ -29,17 +30,19 @@ from sweeps.record import Setting, stop_early
 from sweeps.stopping import fellows, reports_before, scheduler
 from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
 
+if TYPE_CHECKING:
+    from emtrain.packed.gain import Packing
+
 
 class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
-def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: Display) -> None:
-    """Train what the agenda gives out, on the Ray that this process is connected to, and disconnect.
+def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display: Display) -> None:
+    """Train what the agenda gives out, on the Ray that ``connection`` is open to, and close it.
 
-    ``address`` None says that it is this process's own Ray, with nobody else on it. Models and datasets are made ready
-    first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED; they go on at the next call. Raises
-    ``ValueError`` when a model or dataset can't be made ready.
+    Models and datasets are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED;
+    they go on at the next call. Raises ``ValueError`` when a model or dataset can't be made ready.
     """
     runs = examples(agenda.recipe, agenda.plan)
     keep_datasets(runs, setting.data_dir)
@@ -52,7 +55,7 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
             )
     agenda.revisions, setting = revisions, replace(setting, revisions=revisions)
     try:
-        if address is None:
+        if connection.own:
             capacity = cluster.Capacity.of(ray.cluster_resources())
             lacking = {model: of for model, of in revisions.items() if files_at_hand(model, revision=of) is None}
             cluster.fetch_models(lacking, [])
@@ -64,10 +67,11 @@ def execute(agenda: Agenda, setting: Setting, *, address: str | None, display: D
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below
     finally:
-        ray.shutdown()  # engines must be gone before the files of their runs are removed
-    for end in agenda.ends.values():
-        if end.status == "KILLED":
-            setting.clear(end.run)  # of a state that was still being written when the run was stopped
+        connection.close()
+    if stopped := [end.run for end in agenda.ends.values() if end.status == "KILLED"]:
+        connection.wait()  # engines must be gone before the files of their runs are removed
+        for run in stopped:
+            setting.clear(run)  # of a state that was still being written when the run was stopped
     if agenda.out or not agenda.over:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
@@ -113,17 +117,17 @@ def _tune(
         for number in range(count)
     }
     make_host = ray.remote(TrialHost).options(num_cpus=0, resources=_here(), max_concurrency=2 * concurrent(most) + 4)
-    host = make_host.remote(engines, halving=_halving(agenda) if halving else None)
-    packed = _measured(engines, yardsticks, agenda, display) if yardsticks else most
-    ray.get(host.pack.remote(packed))
+    host = make_host.remote(engines, slots=0 if yardsticks else most, halving=_halving(agenda) if halving else None)
+    # Trials begin, and wait, while the engines start and measure.
+    packed = host.pack.remote(list(yardsticks)) if yardsticks else most
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, setting, display),
+                search_alg=_Source(agenda, setting, display, packed=packed, concurrent=concurrent),
                 num_samples=-1,  # until the source says that it is over
                 scheduler=None if stopping is None or halving else _scheduler(agenda, stopping, samples),
-                max_concurrent_trials=concurrent(packed),
+                max_concurrent_trials=concurrent(most),
             ),
             run_config=tune.RunConfig(
                 name=agenda.recipe.name,
@@ -166,18 +170,6 @@ MOST_PACKED = 32
 """Runs packed together where the recipe leaves it open."""
 
 
-def _measured(
-    engines: Mapping[str, Any], yardsticks: Mapping[tuple[str, str], PlannedRun], agenda: Agenda, display: Display
-) -> int:
-    """How many runs it is worth packing on an engine; the measurements are said and kept."""
-    packings = measured(engines, yardsticks)
-    for base, packing in packings.items():
-        display.note(f"{base}: {packing}")
-    text = json.dumps({base: asdict(packing) for base, packing in packings.items()}, indent=2)
-    agenda.sweep.write_text(names.PACKING, text + "\n")
-    return max((packing.runs for packing in packings.values()), default=1)
-
-
 def _scheduler(agenda: Agenda, rule: StoppingSpec, samples: Sequence[PlannedRun]) -> TrialScheduler:
     """The scheduler of the recipe's rule, with what is known of runs that ran before."""
     known = fellows(agenda.known, {run.run_key for run in agenda.plan.runs})
@@ -212,21 +204,48 @@ class _Unsaved:
 
 
 class _Source(_Unsaved, Searcher):
-    """Gives Tune the jobs of an agenda, and the agenda their ends."""
+    """Gives Tune the jobs of an agenda, and the agenda their ends.
 
-    def __init__(self, agenda: Agenda, setting: Setting, display: Display) -> None:
+    ``packed``: how many runs an engine trains at once, or Ray's handle of what the engines have yet to measure (base ->
+    packing). ``concurrent`` says how many jobs to give out for that; as for one until it is known.
+    """
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        setting: Setting,
+        display: Display,
+        *,
+        packed: "int | ray.ObjectRef[dict[str, Packing]]",
+        concurrent: Callable[[int], int],
+    ) -> None:
         super().__init__()
-        self.agenda, self.setting, self.display = agenda, setting, display
+        self.agenda, self.setting, self.display, self.concurrent = agenda, setting, display, concurrent
+        self.packings = None if isinstance(packed, int) else packed
+        self.most_out = concurrent(packed if isinstance(packed, int) else 1)
         self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
         self.jobs: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.packings is not None and ray.wait([self.packings], timeout=0)[0]:
+            self._packed(ray.get(self.packings))
+            self.packings = None
+        if len(self.jobs) >= self.most_out:
+            return None
         job = self.agenda.next()
         if job is None:
             return Searcher.FINISHED if self.agenda.over else None
         self.jobs[trial_id] = job
         self.display.planned(job.run)
         return {"job": job}
+
+    def _packed(self, packings: "Mapping[str, Packing]") -> None:
+        """The packings by base, as text, are said and kept."""
+        for base, packing in packings.items():
+            self.display.note(f"{base}: {packing}")
+        text = json.dumps({base: asdict(packing) for base, packing in packings.items()}, indent=2)
+        self.agenda.sweep.write_text(names.PACKING, text + "\n")
+        self.most_out = self.concurrent(worth_packing(packings))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job, result = self.jobs.pop(trial_id), result or {}

@@ -10,11 +10,11 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import ray
@@ -26,7 +26,11 @@ from ray.tune.execution import tune_controller
 from sweeps.fleet import Fleet
 from sweeps.halving import Halving
 from sweeps.lease import Job, Report
+from sweeps.packing import measured, worth_packing
 from sweeps.throughput import Work
+
+if TYPE_CHECKING:
+    from emtrain.packed.gain import Packing
 
 ENGINE_DEATHS = 2
 """How often a run whose engine died is taken up again, from its newest state, before it counts as failed."""
@@ -121,21 +125,26 @@ class Trial(tune.Trainable):
 
 
 class TrialHost:
-    """The process that all trials share, with the leases of the engines. Made as a Ray actor with threads; no trial may
-    begin before ``pack``.
+    """The process that all trials share, with the leases of the engines. Made as a Ray actor with threads.
 
+    ``slots``: how many runs an engine trains at once; 0 where ``pack`` is to find out, until which runs wait.
     ``halving`` makes, in that process, what lets runs wait for each other; None where they do not.
     """
 
-    def __init__(self, engines: Mapping[str, Any], *, halving: Callable[[], Halving] | None = None) -> None:
-        self.engines = engines
+    def __init__(self, engines: Mapping[str, Any], *, slots: int, halving: Callable[[], Halving] | None = None) -> None:
+        self.fleet = Fleet(engines, slots=slots)
         self.halving = halving() if halving else None
         self.trials: dict[int, tune.Trainable] = {}
         self.lock = threading.Lock()
 
-    def pack(self, runs: int) -> None:
-        """Begin to lease out the engines, which train so many runs at once each."""
-        self.fleet = Fleet(self.engines, slots=runs)
+    def pack(self, bases: Collection[tuple[str, str]]) -> "dict[str, Packing]":
+        """Have the engines measure how many runs are worth packing on each base, and train so many at once from now on.
+
+        Returns the packings by base, as text.
+        """
+        packings = measured(self.fleet.engines, bases)
+        self.fleet.open(slots=worth_packing(packings))
+        return packings
 
     def create(self, place: int, trainable: dict[str, Any]) -> None:
         """Make a trial from what Tune would give its process."""

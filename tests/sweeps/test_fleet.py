@@ -217,3 +217,16 @@ def test_a_call_that_died_with_its_engine_is_no_answer() -> None:
     assert leased(fleet, "a") is None
     lost.comes_up()
     assert leased(fleet, "a") == "lost"
+
+
+def test_nothing_is_leased_before_it_is_known_how_many_runs_are_worth_packing(clock: Clock) -> None:
+    """An engine that comes later is awaited from then on, however long that took."""
+    coming = Engine(lives=False)
+    fleet = Fleet({"there": Engine(), "coming": coming}, slots=0)
+    assert leased(fleet, "a") is None
+    clock.now += 10 * AWAITED_SECONDS
+    fleet.open(slots=1)
+    assert leased(fleet, "a") == "there"
+    assert leased(fleet, "b") is None
+    clock.now += AWAITED_SECONDS
+    assert leased(fleet, "b") == "there"

@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray import tune
 
+from emtrain.packed.gain import Packing
 from sweeps.halving import Halving
 from sweeps.lease import Ending, Report
 from sweeps.trials import FAILURE, STATUS, Trial, TrialHost, in_one_process
@@ -30,6 +31,7 @@ class Engine:
 
     def advance(self, job: Any) -> Report | None:
         key = job.run.run_key
+        (self.scratch / f"{key}.began").touch()
         died = self.scratch / f"{key}.died"
         if key.startswith("deadly") or (key.startswith("dies") and not died.exists()):
             died.touch()
@@ -40,6 +42,11 @@ class Engine:
         at = self.reached[key] = self.reached.get(key, 0) + 5
         ending = Ending("FINISHED") if at > 10 else None
         return Report({"heldout/loss": float(job.loss)}, at, 10 * at, ending)
+
+    def packing(self, base: tuple[str, str]) -> Packing:
+        time.sleep(2)
+        (self.scratch / "measured").touch()
+        return Packing(2, "measured", "here", {})
 
     def give_up(self, run_keys: Any, *, most: int) -> None:
         """Nothing waits for a slot here."""
@@ -56,15 +63,21 @@ def _ray() -> Iterator[None]:
 
 
 def fit(
-    names: list[str], scratch: Path, *, at_once: int = 4, halving: Callable[[], Halving] | None = None, **config: Any
+    names: list[str],
+    scratch: Path,
+    *,
+    at_once: int = 4,
+    slots: int = 1,
+    halving: Callable[[], Halving] | None = None,
+    **config: Any,
 ) -> tune.ResultGrid:
     jobs = [SimpleNamespace(run=SimpleNamespace(run_key=n), base="model", loss=i) for i, n in enumerate(names)]
     make = ray.remote(Engine).options(num_cpus=0, max_restarts=-1, max_concurrency=8)
     engines = {f"engine-{number}": make.remote(str(scratch)) for number in range(2)}
-    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, halving=halving)
-    ray.get(host.pack.remote(1))
+    host = ray.remote(TrialHost).options(num_cpus=0, max_concurrency=16).remote(engines, slots=slots, halving=halving)
+    packings = None if slots else host.pack.remote([("model", "auto")])
     with in_one_process(host):
-        return tune.Tuner(
+        results = tune.Tuner(
             Trial,
             param_space={"job": tune.grid_search(jobs)},
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once, **config),
@@ -74,6 +87,17 @@ def fit(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    if packings is not None:
+        assert ray.get(packings) == {"model": Packing(2, "measured", "here", {})}
+    return results
+
+
+def test_trials_begin_and_wait_while_it_is_being_measured_how_many_are_worth_packing(tmp_path: Path) -> None:
+    """The engine that measures answers no run before it has, nor does the other."""
+    results = fit(["run-0", "run-1"], tmp_path, slots=0)
+    assert [result.metrics[STATUS] for result in results] == ["FINISHED"] * 2
+    began = [(tmp_path / f"run-{number}.began").stat().st_mtime for number in range(2)]
+    assert min(began) > (tmp_path / "measured").stat().st_mtime
 
 
 def test_all_trials_live_in_one_process_and_reach_their_ends(tmp_path: Path) -> None:
