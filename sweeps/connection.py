@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 from unittest import mock
@@ -51,6 +52,7 @@ class Connection:
                 env=os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # it may end later, and a reader of this process's would wait for that
                 text=True,
                 start_new_session=True,  # so that Ctrl-C is this process's own business
             )
@@ -105,11 +107,16 @@ def _hold() -> None:
     try:
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:
-        print(FAILED, gist(error), flush=True)
+        _say(FAILED, gist(error))
         return
-    print(STARTED, ray.get_runtime_context().gcs_address, flush=True)
+    _say(STARTED, ray.get_runtime_context().gcs_address)
     sys.stdin.read()
     ray.shutdown()
+
+
+def _say(*words: str) -> None:
+    with suppress(BrokenPipeError):  # whoever it was for has ended
+        os.write(sys.stdout.fileno(), f"{' '.join(words)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -59,9 +59,17 @@ def test_it_is_there_while_the_connection_is_and_gone_afterwards() -> None:
     assert wait_until_gone([holder, *processes]) == []
 
 
-def test_one_that_is_not_needed_after_all_ends_by_itself() -> None:
-    with Connection(None):
-        (holder,) = psutil.Process().children()
+def test_one_that_is_not_needed_after_all_is_not_waited_for_and_ends_without_a_word() -> None:
+    code = """
+import psutil
+from sweeps.connection import Connection
+with Connection(None):
+    pass
+print(*(child.pid for child in psutil.Process().children()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    holder = psutil.Process(int(ended.stdout))
+    assert ended.stderr == ""
     assert wait_until_gone([holder]) == []
 
 
