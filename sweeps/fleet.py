@@ -19,8 +19,9 @@ an engine takes 2 to 10 s to start."""
 
 
 class Fleet:
-    """Leases out ``engines`` (Ray's handles by name), each of which trains ``slots`` runs at once; 0 until
-    ``open`` tells, with no leases before.
+    """Leases out ``engines`` (Ray's handles by name), each of which trains ``slots`` runs at once.
+
+    ``slots`` 0: that is not known yet, and nothing is leased before ``open`` tells.
 
     Only an engine that answers gets runs: one that waits for a machine, or for a new one after the loss of its own,
     gets its first when it is there. The others have as many as they can train; twice as many, so that some train while
