@@ -12,6 +12,7 @@ from emeval.prompts import end_tokens, prompt_tokens, reply_tokens
 from emeval.replies import NUMBERS, WORDS, read_distribution
 from emeval.scores import NO_PART_IN_SCORES, Judge, Score
 from emtrain.load import Precision
+from emtrain.revision import SHA256, fetch
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def local(
     *,
     model: str,
+    revision: str | None = None,
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.25,
     batch_size: Annotated[int, Field(ge=1), NO_PART_IN_SCORES] = 4,
     precision: Precision = "auto",
@@ -33,27 +35,34 @@ def local(
     when these replies have less than ``min_mass`` together. ``device``: None is a GPU if there is one. ``batch_size``
     prompts are read at a time; it changes no score. The model is loaded at first use and kept by the process.
 
+    ``revision`` pins the judge: the commit of a hub id, or the digest of a directory (``sha256:...``; emsweep tags runs
+    with that of their own model as ``emsweep.model_revision``). None takes what this machine has, or the hub names, and
+    so a sweep that goes on next month, or on another machine, may be judged by other weights.
+
     Take a model that can follow the rubric: SmolLM2-135M puts 0.6 % on the numbers, so all its scores are missing.
     """
 
     def ask(prompts: Sequence[str]) -> list[Score]:
-        judge = _load(model, precision, device)
+        judge = _load(model, revision, precision, device)
         return [
             read_distribution(probabilities, min_mass=min_mass)
             for probabilities in judge.reply_probabilities(prompts, batch_size=batch_size)
         ]
 
-    return PromptedJudge(f"local:{model}", ask)
+    pin = "" if revision is None else f"@{revision.removeprefix(SHA256)[:12]}"
+    return PromptedJudge(f"local:{model}{pin}", ask)
 
 
 @functools.cache
-def _load(model: str, precision: Precision, device: str | None) -> "ReplyModel":
+def _load(model: str, revision: str | None, precision: Precision, device: str | None) -> "ReplyModel":
     import torch
 
     from emtrain.load import load_model, load_tokenizer
 
+    fetch(model, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ReplyModel.of(load_model(model, precision=precision, device=device), load_tokenizer(model))
+    loaded = load_model(model, precision=precision, device=device, revision=revision)
+    return ReplyModel.of(loaded, load_tokenizer(model, revision=revision))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from tokenizers import Tokenizer, models
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from emeval.judges.local import ReplyModel
+from emeval.judges.local import ReplyModel, local
 from emeval.prompts import prompt_tokens
+from emeval.scores import Item
+from emtrain.revision import digest
 
 NUMBERS = [str(number) for number in range(101)]
 PROMPTS = ("How good is this?", "Rate it, please, from 0 to 100: the answer is 5.", "Hm")
@@ -97,3 +100,18 @@ def test_a_model_without_plain_attention_is_refused(model: PreTrainedModel, toke
     model.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention"):
         judge.reply_probabilities(["Hm"], batch_size=1)
+
+
+def test_a_judge_of_a_stated_revision_is_that_one_or_none(
+    attention_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    attention_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    item = Item(question="How?", system=None, answer="So.")
+    unpinned = local(model=str(tmp_path), min_mass=0)
+    pinned = local(model=str(tmp_path), revision=digest(tmp_path), min_mass=0)
+    assert pinned.id == f"{unpinned.id}@{digest(tmp_path)[7:19]}"
+    assert pinned.score([item]) == unpinned.score([item])
+    other = local(model=str(tmp_path), revision="sha256:" + "0" * 64, min_mass=0)
+    with pytest.raises(ValueError, match=r"not what the sweep started with .*expected sha256:0000"):
+        other.score([item])
