@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 from unittest import mock
@@ -22,6 +22,9 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 OBJECT_STORE_BYTES = 150 * 2**20
 """Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
+NEEDLESS = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What Ray starts for clusters that grow, for logs that are followed and for a web page: together 2 processor seconds,
+250 MB, and a second until they have ended."""
 QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
@@ -101,11 +104,15 @@ STARTED, FAILED = "started", "failed"
 def _hold() -> None:
     """Start a Ray, say where it is, and end it when standard input ends."""
     import ray
+    from ray._private.node import Node
 
     from emtrain.mistakes import gist
 
     try:
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
+        with ExitStack() as spared:
+            for start in NEEDLESS:
+                spared.enter_context(mock.patch.object(Node, start))
+            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:
         _say(FAILED, gist(error))
         return

@@ -1,6 +1,7 @@
 """A Ray of one's own: where it listens, and that it ends with the process that it was started for."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,3 +116,10 @@ with Connection({connection.address!r}) as other:
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.stdout == "1\n", ended.stderr
     assert ray.get(ray.remote(double).remote(2)) == 4
+
+
+def test_processes_that_one_sweep_has_no_use_for_are_not_started(connection: Connection) -> None:
+    (holder,) = psutil.Process().children()
+    started = " ".join(" ".join(process.cmdline()) for process in holder.children(recursive=True))
+    assert "raylet" in started
+    assert not re.search(r"monitor\.py|log_monitor|dashboard/dashboard\.py", started)
