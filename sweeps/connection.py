@@ -99,14 +99,24 @@ class Connection:
 
 
 STARTED, FAILED = "started", "failed"
+GONE_SECONDS = 10.0
+"""How long a Ray that was ended may take to be gone; 0.4 s on an idle machine."""
 
 
 def _hold() -> None:
     """Start a Ray, say where it is, and end it when standard input ends."""
+    # Ray's processes may inherit the standard output. Whoever waits at the other end of this one reads one line.
+    told = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    import psutil
     import ray
     from ray._private.node import Node
 
     from emtrain.mistakes import gist
+
+    def say(*words: str) -> None:
+        with suppress(BrokenPipeError):  # whoever it was for has ended
+            os.write(told, f"{' '.join(words)}\n".encode())
 
     try:
         with ExitStack() as spared:
@@ -114,16 +124,13 @@ def _hold() -> None:
                 spared.enter_context(mock.patch.object(Node, start))
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:
-        _say(FAILED, gist(error))
+        say(FAILED, gist(error))
         return
-    _say(STARTED, ray.get_runtime_context().gcs_address)
+    say(STARTED, ray.get_runtime_context().gcs_address)
     sys.stdin.read()
+    processes = psutil.Process().children(recursive=True)
     ray.shutdown()
-
-
-def _say(*words: str) -> None:
-    with suppress(BrokenPipeError):  # whoever it was for has ended
-        os.write(sys.stdout.fileno(), f"{' '.join(words)}\n".encode())
+    psutil.wait_procs(processes, timeout=GONE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,11 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
         pass  # the agenda is not over, which is told below
     finally:
         connection.close()
-    if stopped := [end.run for end in agenda.ends.values() if end.status == "KILLED"]:
-        connection.wait()  # engines must be gone before the files of their runs are removed
-        for run in stopped:
-            setting.clear(run)  # of a state that was still being written when the run was stopped
+    stopped = [end.run for end in agenda.ends.values() if end.status == "KILLED"]
+    if stopped or agenda.out or not agenda.over:
+        connection.wait()  # engines must be gone before the files of their runs are removed, or their status is told
+    for run in stopped:
+        setting.clear(run)  # of a state that was still being written when the run was stopped
     if agenda.out or not agenda.over:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
@@ -120,14 +121,15 @@ def _tune(
     host = make_host.remote(engines, slots=0 if yardsticks else most, halving=_halving(agenda) if halving else None)
     # Trials begin, and wait, while the engines start and measure.
     packed = host.pack.remote(list(yardsticks)) if yardsticks else most
+    source = _Source(agenda, setting, display, packed=packed, concurrent=concurrent)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
             tune_config=tune.TuneConfig(
-                search_alg=_Source(agenda, setting, display, packed=packed, concurrent=concurrent),
+                search_alg=source,
                 num_samples=-1,  # until the source says that it is over
                 scheduler=None if stopping is None or halving else _scheduler(agenda, stopping, samples),
-                max_concurrent_trials=concurrent(most),
+                max_concurrent_trials=concurrent(most) + 1,  # so that the source, which has its own limit, is asked
             ),
             run_config=tune.RunConfig(
                 name=agenda.recipe.name,
@@ -139,7 +141,8 @@ def _tune(
             ),
         )
         tuner.fit()
-    _account(host, agenda)
+    if source.packings is None:  # else no run has begun, and engines may not even answer
+        _account(host, agenda)
 
 
 def _account(host: Any, agenda: Agenda) -> None:

@@ -21,6 +21,15 @@ def double(number: int) -> int:
     return 2 * number
 
 
+def own_pid() -> int:
+    return os.getpid()
+
+
+def holder_of(connection: Connection) -> psutil.Process:
+    assert connection._holder is not None
+    return psutil.Process(connection._holder.pid)
+
+
 def wait_until_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that are still there after half a minute."""
     _, alive = psutil.wait_procs(processes, timeout=30)
@@ -37,7 +46,7 @@ def connection() -> Iterator[Connection]:
 def test_all_of_it_listens_on_the_loopback_interface(connection: Connection) -> None:
     """A Ray runs whatever it is sent. This process has imported Ray before, which then makes for another interface."""
     assert ray.get(ray.remote(double).remote(2)) == 4  # so that there is a worker, too
-    (holder,) = psutil.Process().children()
+    holder = holder_of(connection)
     listening = [
         port
         for process in [psutil.Process(), *holder.children(recursive=True)]
@@ -52,12 +61,13 @@ def test_it_is_there_while_the_connection_is_and_gone_afterwards() -> None:
     with Connection(None) as connection:
         connection.open()
         assert connection.own
-        (holder,) = psutil.Process().children()
-        processes = holder.children(recursive=True)
-        assert any("raylet" in process.name() for process in processes)
+        worker = psutil.Process(ray.get(ray.remote(own_pid).remote()))
+        processes = holder_of(connection).children(recursive=True)
+        assert worker in processes
         connection.close()
         assert not ray.is_initialized()
-    assert wait_until_gone([holder, *processes]) == []
+        connection.wait()
+        assert [process for process in processes if process.is_running()] == []
 
 
 def test_one_that_is_not_needed_after_all_is_not_waited_for_and_ends_without_a_word() -> None:
@@ -119,7 +129,7 @@ with Connection({connection.address!r}) as other:
 
 
 def test_processes_that_one_sweep_has_no_use_for_are_not_started(connection: Connection) -> None:
-    (holder,) = psutil.Process().children()
+    holder = holder_of(connection)
     started = " ".join(" ".join(process.cmdline()) for process in holder.children(recursive=True))
     assert "raylet" in started
     assert not re.search(r"monitor\.py|log_monitor|dashboard/dashboard\.py", started)
