@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,9 @@ class StubEngine:
 
     def drop(self, run_key: str) -> None:
         self.records.pop(run_key, None)
+
+    def give_up(self, run_keys: Collection[str], *, most: int) -> None:
+        """Nothing waits for a slot here."""
 
     def worked(self) -> dict[str, Any]:
         return {}
