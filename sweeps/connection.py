@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 150 * 2**20
 """Runs exchange next to nothing; Ray's default would claim a third of the machine's memory."""
 NEEDLESS = ("start_monitor", "start_log_monitor", "start_api_server")
 """What Ray starts for clusters that grow, for logs that are followed and for a web page: together 2 processor seconds,
-250 MB, and a second until they have ended."""
+280 MB, and a second until they have ended."""
 QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
@@ -112,8 +112,6 @@ def _hold() -> None:
     import ray
     from ray._private.node import Node
 
-    from emtrain.mistakes import gist
-
     def say(*words: str) -> None:
         with suppress(BrokenPipeError):  # whoever it was for has ended
             os.write(told, f"{' '.join(words)}\n".encode())
@@ -124,6 +122,8 @@ def _hold() -> None:
                 spared.enter_context(mock.patch.object(Node, start))
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **QUIET)
     except Exception as error:
+        from emtrain.mistakes import gist
+
         say(FAILED, gist(error))
         return
     say(STARTED, ray.get_runtime_context().gcs_address)

@@ -69,11 +69,12 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
     finally:
         connection.close()
     stopped = [end.run for end in agenda.ends.values() if end.status == "KILLED"]
-    if stopped or agenda.out or not agenda.over:
+    interrupted = agenda.out or not agenda.over
+    if stopped or interrupted:
         connection.wait()  # engines must be gone before the files of their runs are removed, or their status is told
     for run in stopped:
         setting.clear(run)  # of a state that was still being written when the run was stopped
-    if agenda.out or not agenda.over:
+    if interrupted:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
         raise Interrupted(f"{len(agenda.out)} runs were in work")
