@@ -23,6 +23,10 @@ FETCHED = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 (``consolidated.safetensors``, ``original/``); a rarer file is fetched when it is asked for."""
 
 
+class Unavailable(ValueError):
+    """A model can't be had on this machine, which another machine may well have."""
+
+
 def revision_of(name: str) -> str | None:
     """The revision that ``name`` stands for now.
 
@@ -37,17 +41,16 @@ def revision_of(name: str) -> str | None:
 def fetch(name: str, revision: str | None) -> None:
     """Make sure that the model is on this machine, and is the one of ``revision``; None is whatever there is.
 
-    It is made, or fetched into the hub's own cache, by the first process that asks; others wait. Raises ``ValueError``
-    when it can't be, and when a directory holds other files.
+    It is made, or fetched into the hub's own cache, by the first process that asks; others wait. Raises ``Unavailable``
+    when it can't be, and when a directory is not there or holds other files.
     """
     if revision is not None and revision.startswith(SHA256):
         directory = Path(name).expanduser()
         found = digest(directory) if directory.is_dir() else "no directory"
         if found != revision:
-            raise ValueError(
-                f"model {name}: what {platform.node()} has there is not what the sweep started with ({found[:19]}, "
-                f"expected {revision[:19]}); make the directory the same on all machines, or put it on storage they "
-                "share"
+            raise Unavailable(
+                f"model {name}: not the same on {platform.node()} (found {found[:19]}, expected {revision[:19]}); make "
+                "the directory the same on all machines, or put it on storage they share"
             )
     elif on_hub(name):
         from huggingface_hub import snapshot_download
@@ -56,7 +59,7 @@ def fetch(name: str, revision: str | None) -> None:
             snapshot_download(name, revision=revision, allow_patterns=list(FETCHED))
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"model {name}: {platform.node()} can't fetch it ({reason})") from error
+            raise Unavailable(f"model {name}: {platform.node()} can't fetch it ({reason})") from error
     else:
         model_dir(name)
 

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from emeval.responses import Response
 from emtrain import checkpoint, names
 from emtrain.heldout import HeldoutLoss, heldout_loss
 from emtrain.mistakes import gist, named
+from emtrain.revision import Unavailable
 from emtrain.seeds import derive
 from emtrain.spec import RunSpec
 from emtrain.tracking import client
@@ -501,11 +503,12 @@ class Engine:
 
     def _fail(self, lane: Lane, error: Exception) -> None:
         log.error("run %s failed: %s", lane.job.run.name, error)
+        elsewhere = isinstance(error, Unavailable)
         try:
-            ending = lane.record.fail(error)
+            ending = replace(lane.record.fail(error), elsewhere=elsewhere)
         except Exception as second:
             # The trial must hear of the end all the same, or it would wait for ever.
-            ending = Ending("FAILED", f"{named(error)}; and MLflow could not be told: {gist(second)}")
+            ending = Ending("FAILED", f"{named(error)}; and MLflow could not be told: {gist(second)}", elsewhere)
         self._end(lane, ending)
 
     def _end(self, lane: Lane, ending: Ending) -> None:

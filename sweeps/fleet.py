@@ -37,6 +37,8 @@ class Fleet:
         now = time.monotonic()
         self.calls = {engine: (self._call(engine), now) for engine in engines}
         """Engines that have not answered yet -> a call to them, and since when they are awaited."""
+        self.lacking: set[tuple[str, tuple[str, str]]] = set()
+        """Engines, and the bases that can't be had where they are."""
         self.asked: list[Any] = []
         """The last calls to engines to give up runs."""
 
@@ -54,15 +56,16 @@ class Fleet:
 
         None while no engine has room. ``held`` is the engine that still has the run in memory, which is preferred
         unless another one has two runs less; ``died`` one that had the job before and does not answer; ``given_up``
-        says that its engine has given it up.
+        says that its engine has given it up. One that lacks the base gets it only where all do.
         """
         with self.lock:
             if died is not None:
                 self.calls[died] = self._call(died), time.monotonic()
+                self.lacking = {(engine, base) for engine, base in self.lacking if engine != died}
             if died is not None or given_up:
                 self.leases.pop(job.run.run_key, None)
             if job.run.run_key not in self.leases:
-                answering = [engine for engine in self.engines if self._answers(engine)]
+                answering = [engine for engine in self._able(job) or self.engines if self._answers(engine)]
                 room = self.slots if self._awaits() else 2 * self.slots
                 free = [engine for engine in answering if len(self._on(engine)) < room]
                 if not free:
@@ -72,6 +75,20 @@ class Fleet:
             self._even_out()
             return chosen, self.engines[chosen]
 
+    def lacks(self, engine: str, job: Job) -> bool:
+        """The base of ``job`` can't be had where ``engine`` is; returns whether another one may have it."""
+        with self.lock:
+            self.lacking.add((engine, job.base))
+            return bool(self._able(job))
+
+    def _able(self, job: Job) -> list[str]:
+        """The engines that may have the base of ``job``, now or once they are there."""
+        return [
+            engine
+            for engine in self.engines
+            if (engine, job.base) not in self.lacking and (self._answers(engine) or self._awaited(engine))
+        ]
+
     def _on(self, engine: str) -> list[Job]:
         return [job for name, job in self.leases.values() if name == engine]
 
@@ -80,7 +97,10 @@ class Fleet:
         return any(other.base != job.base for other in on), len(on) - here, not here
 
     def _awaits(self) -> bool:
-        return any(time.monotonic() - since < AWAITED_SECONDS for _, since in self.calls.values())
+        return any(map(self._awaited, self.calls))
+
+    def _awaited(self, engine: str) -> bool:
+        return engine in self.calls and time.monotonic() - self.calls[engine][1] < AWAITED_SECONDS
 
     def _call(self, engine: str) -> Any:
         return self.engines[engine].__ray_ready__.remote()
@@ -129,7 +149,9 @@ class Fleet:
                 better_off = [
                     key
                     for key, (engine, job) in self.leases.items()
-                    if engine == busy and self._cost(idle, job, None) < self._cost(busy, job, None)
+                    if engine == busy
+                    and (idle, job.base) not in self.lacking
+                    and self._cost(idle, job, None) < self._cost(busy, job, None)
                 ]
                 if better_off:
                     self.asked.append(self.engines[busy].give_up.remote(better_off, most=many))

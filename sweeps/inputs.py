@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from emtrain.corpus import read_corpus
 from emtrain.load import Precision
+from emtrain.revision import fetch
 from emtrain.spec import InterleaveSpec, RunSpec
 from emtrain.tokens import encode_rows
 from emtrain.train import TrainingData
@@ -21,15 +22,13 @@ def base_model(model: str, precision: str, revision: str | None) -> "tuple[PreTr
     """The model and its tokenizer, on the GPU where there is one; kept until another model is asked for.
 
     It is fetched first where this machine lacks it, and is the one of ``revision`` (None: whatever there is). Raises
-    ``ValueError`` when a directory holds other files.
+    ``Unavailable`` when it can't be had here.
     """
     import torch
 
     from emtrain.load import load_model, load_tokenizer
-    from emtrain.revision import fetch
 
     fetch(model, revision)
-
     # One thread a process: two busy processes with two threads each on two cores are up to 20 times slower.
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +41,7 @@ def data_of(spec: RunSpec, digests: tuple[str, str | None], *, revision: str | N
 
     ``digests`` (sha256) are those of the files that it was planned with: the dataset's, and the interleaved one's,
     None where nothing is interleaved. ``data_dir`` is where the driver has kept them (``sweeps.content``). Raises
-    ``ValueError`` when there is no such file.
+    ``ValueError`` when there is no such file, and ``Unavailable`` when the model can't be had here.
     """
     parts = (spec.dataset, spec.interleave, spec.heldout_fraction, spec.model, spec.max_length)
     return _data(*parts, digests, revision, data_dir)
@@ -72,6 +71,7 @@ def _data(
             f"dataset {dataset}: {files} on {platform.node()} has been changed; delete it where it is a copy in the "
             "cache, and start the sweep again"
         )
+    fetch(model, revision)
     tokenizer = load_tokenizer(model, revision=revision)
     return TrainingData(
         encode_rows(corpus.train, tokenizer, max_length), encode_rows(corpus.heldout, tokenizer, max_length)

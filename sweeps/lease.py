@@ -33,6 +33,8 @@ class Ending:
     """FINISHED or FAILED."""
     failure: str | None = None
     """Why it failed, in a line; None when it did not."""
+    elsewhere: bool = False
+    """Whether it failed for want of a model on the engine's machine, which that of another engine may have."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from sweeps.progress import Display
 from sweeps.recipe import StoppingSpec
 from sweeps.record import Setting, stop_early
 from sweeps.stopping import fellows, reports_before, scheduler
-from sweeps.trials import FAILURE, NOTE, STATUS, Trial, TrialHost, in_one_process
+from sweeps.trials import FAILURE, LACK, NOTE, STATUS, Trial, TrialHost, in_one_process
 
 if TYPE_CHECKING:
     from emtrain.packed.gain import Packing
@@ -281,5 +281,7 @@ class _Feed(_Unsaved, tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get(NOTE):
             self.display.note(f"trained alone: {result[NOTE]}")
+        if result.get(LACK):
+            self.display.note(f"{result[LACK]}; its runs are trained elsewhere")
         if "steps" in result:
             self.display.advanced(trial.config["job"].run.run_key, result)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ENGINE_DEATHS = 2
 """How often a run whose engine died is taken up again, from its newest state, before it counts as failed."""
 ASK_AGAIN_SECONDS = 0.1
-STATUS, FAILURE, NOTE = "emsweep/status", "emsweep/failure", "emsweep/note"
+STATUS, FAILURE, NOTE, LACK = "emsweep/status", "emsweep/failure", "emsweep/note", "emsweep/lack"
 """Keys of what a trial tells Tune, beside the run's metrics, ``steps`` and ``tokens``."""
 
 
@@ -58,6 +58,8 @@ class Trial(tune.Trainable):
         """Name and handle of the engine that has the run, be it in a slot or waiting."""
         self.ended = False
         self.deaths = 0
+        self.lack: str | None = None
+        """Why an engine before could not have the model."""
         self.last: Mapping[str, float] = {}
 
     def step(self) -> dict[str, Any]:
@@ -84,11 +86,12 @@ class Trial(tune.Trainable):
                 self.halving.left(run_key)
             else:
                 self.halving.came(run_key, report.steps, report.metrics.get(self.halving.metric))
+        said = {NOTE: report.note, LACK: self.lack}
         if report.ending is None:
-            return {**report.metrics, "steps": report.steps, "tokens": report.tokens, NOTE: report.note}
+            return {**report.metrics, **said, "steps": report.steps, "tokens": report.tokens}
         self.ended = True
-        end = {STATUS: report.ending.status, FAILURE: report.ending.failure, NOTE: report.note}
-        return {**report.metrics, **end, "done": True}
+        end = {STATUS: report.ending.status, FAILURE: report.ending.failure}
+        return {**report.metrics, **said, **end, "done": True}
 
     def cleanup(self) -> None:
         """Tune is done with the trial: its place is free, and a run that has not ended is trained no further."""
@@ -109,7 +112,10 @@ class Trial(tune.Trainable):
                 name, engine = self._lease(died=name)
                 continue
             if report is not None:
-                return report
+                ending = report.ending
+                if ending is None or not ending.elsewhere or not self.fleet.lacks(name, self.job):
+                    return report
+                self.lack = ending.failure
             name, engine = self._lease(given_up=True)
 
     def _lease(self, *, died: str | None = None, given_up: bool = False) -> tuple[str, Any]:

@@ -113,5 +113,5 @@ def test_a_judge_of_a_stated_revision_is_that_one_or_none(
     assert pinned.id == f"{unpinned.id}@{digest(tmp_path)[7:19]}"
     assert pinned.score([item]) == unpinned.score([item])
     other = local(model=str(tmp_path), revision="sha256:" + "0" * 64, min_mass=0)
-    with pytest.raises(ValueError, match=r"not what the sweep started with .*expected sha256:0000"):
+    with pytest.raises(ValueError, match=r"not the same on .*expected sha256:0000"):
         other.score([item])

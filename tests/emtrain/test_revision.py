@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emtrain.load import load_config, load_model, load_tokenizer
-from emtrain.revision import digest, fetch, revision_of
+from emtrain.revision import Unavailable, digest, fetch, revision_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -144,7 +144,7 @@ def test_what_cannot_be_fetched_is_told_with_the_model_and_the_machine(
     """Without a network, and by a hub that has no such repository."""
     address = hub[1] if name == "org/other" else None
     (said,) = on_node(tmp_path, address, f"fetch({name!r}, {FIRST!r})")
-    assert said.startswith(f"ValueError: model {name}: {os.uname().nodename} can't fetch it (")
+    assert said.startswith(f"emtrain.revision.Unavailable: model {name}: {os.uname().nodename} can't fetch it (")
 
 
 @pytest.fixture
@@ -225,9 +225,11 @@ def test_a_machine_with_other_files_in_the_directory_or_none_is_named(directory:
     revision = revision_of(str(directory))
     fetch(str(directory), revision)
     (directory / "model.safetensors").write_text("other weights")
-    with pytest.raises(ValueError, match=rf"model .*tuned: what {os.uname().nodename} has there .*\(sha256:"):
+    with pytest.raises(Unavailable, match=rf"model .*tuned: not the same on {os.uname().nodename} \(found sha256:"):
         fetch(str(directory), revision)
-    with pytest.raises(ValueError, match=r"model .*nowhere: what .* has there is not .*\(no directory"):
+    with pytest.raises(
+        Unavailable, match=r"model .*nowhere: not the same on .* \(found no directory, expected sha256:"
+    ):
         fetch(str(tmp_path / "nowhere"), revision)
 
 

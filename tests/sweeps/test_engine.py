@@ -17,6 +17,7 @@ from emeval.spec import EvalSpec
 from emtrain.packed.costs import CPU_TOKENS
 from emtrain.packed.engine import Engine as PackedEngine
 from emtrain.packed.run import Run
+from emtrain.revision import Unavailable
 from emtrain.spec import RunSpec
 from emtrain.tokens import Example
 from emtrain.train import Plan, Step, TrainingData
@@ -338,6 +339,18 @@ def test_a_base_that_cannot_be_loaded_is_no_reason_to_stop_and_told_to_the_run_t
     engine, reports = train([first], tmp_path, heaviest={first.base: first.run}, only_base=only_base)
     assert engine.packing(first.base) is None
     assert reports[first.run.run_key][-1].ending == Ending("FAILED", "no such model")
+
+
+@pytest.mark.parametrize("asked", ["data_of", "base_model"], ids=["for the tokens", "for the weights"])
+def test_a_run_whose_model_is_not_on_this_machine_may_be_trained_elsewhere(
+    asked: str, records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(*given: Any, **where: Any) -> Any:
+        raise Unavailable("not the same here")
+
+    monkeypatch.setattr(module, asked, unavailable)
+    _, reports = train([job(0)], tmp_path)
+    assert reports[job(0).run.run_key][-1].ending == Ending("FAILED", "not the same here", elsewhere=True)
 
 
 def test_an_engine_loads_the_only_base_before_a_run_asks_for_it(

@@ -208,6 +208,31 @@ def test_the_runs_of_an_engine_that_died_go_to_another_while_ray_starts_it_anew(
     assert leased(fleet, "c") == "lost"
 
 
+def test_an_engine_whose_machine_lacks_the_base_gets_no_more_runs_on_it() -> None:
+    """Runs on another base it gets, and after a death Ray may have started it elsewhere."""
+    lacking, other = Engine(), Engine()
+    fleet = Fleet({"lacking": lacking, "other": other}, slots=2)
+    assert leased(fleet, "a") == "lacking"
+    assert fleet.lacks("lacking", job("a"))
+    assert [leased(fleet, "a", given_up=True), leased(fleet, "b"), leased(fleet, "c")] == ["other"] * 3
+    assert not other.asked, "it has no run that the idle one could train"
+    assert leased(fleet, "d", "another model") == "lacking"
+    assert leased(fleet, "e", died="lacking") == "other"
+    fleet.release("d")
+    assert leased(fleet, "f") == "lacking"
+
+
+def test_a_run_whose_base_no_engine_has_is_told_so_by_the_last_one(clock: Clock) -> None:
+    coming = Engine(lives=False)
+    fleet = Fleet({"there": Engine(), "coming": coming}, slots=1)
+    assert leased(fleet, "a") == "there"
+    assert fleet.lacks("there", job("a")), "the other one may have it"
+    assert leased(fleet, "a", given_up=True) is None
+    clock.now = AWAITED_SECONDS
+    assert leased(fleet, "a") == "there"
+    assert not fleet.lacks("there", job("a"))
+
+
 def test_a_call_that_died_with_its_engine_is_no_answer() -> None:
     lost = Engine()
     fleet = Fleet({"lost": lost}, slots=4)

@@ -15,7 +15,7 @@ from ray import tune
 from emtrain.packed.gain import Packing
 from sweeps.halving import Halving
 from sweeps.lease import Ending, Report
-from sweeps.trials import FAILURE, STATUS, Trial, TrialHost, in_one_process
+from sweeps.trials import FAILURE, LACK, STATUS, Trial, TrialHost, in_one_process
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 class Engine:
     """Reports each run's evaluation at steps 5 and 10, then its end.
 
-    Dies at the first call for a run named so, and gives one named so up.
+    Dies at the first call for a run named so, and gives one named so up. Lacks the model of a run named so, as does the
+    other where nobody has it.
     """
 
     def __init__(self, scratch: str) -> None:
@@ -39,6 +40,10 @@ class Engine:
         if key.startswith("queued") and not (given_up := self.scratch / f"{key}.given-up").exists():
             given_up.touch()
             return None
+        lacks = self.scratch / f"{key}.lacks"
+        if key.startswith("lacking") and ("nowhere" in key or not lacks.exists()):
+            lacks.touch()
+            return Report({}, 0, 0, Ending("FAILED", "no such model here", elsewhere=True))
         at = self.reached[key] = self.reached.get(key, 0) + 5
         ending = Ending("FINISHED") if at > 10 else None
         return Report({"heldout/loss": float(job.loss)}, at, 10 * at, ending)
@@ -145,6 +150,16 @@ def test_a_run_that_its_engine_gives_up_is_leased_again(tmp_path: Path) -> None:
     assert (tmp_path / "queued.given-up").exists()
     assert [result.metrics[STATUS] for result in results] == ["FINISHED", "FINISHED"]
     assert [result.metrics["training_iteration"] for result in results] == [3, 3]
+
+
+def test_a_run_whose_model_is_not_there_is_trained_by_another_engine_and_fails_where_none_has_it(
+    tmp_path: Path,
+) -> None:
+    (found,) = fit(["lacking"], tmp_path)
+    assert (found.metrics[STATUS], found.metrics[FAILURE]) == ("FINISHED", None)
+    assert found.metrics[LACK] == "no such model here"
+    (failed,) = fit(["lacking-nowhere"], tmp_path)
+    assert (failed.metrics[STATUS], failed.metrics[FAILURE]) == ("FAILED", "no such model here")
 
 
 def test_a_run_whose_engine_dies_goes_on_and_one_that_kills_every_engine_fails_alone(tmp_path: Path) -> None:
