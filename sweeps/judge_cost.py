@@ -1,19 +1,20 @@
 """What a judge behind an endpoint costs: tokens of its prompts and replies times a price."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from emeval.rubric import STANDARD
 from emeval.spec import JudgeSpec
 from sweeps.estimate import text_tokens
 from sweeps.planner import RUBRICS, Evaluation
 
-LIST = Path(__file__).parent / "judge_prices.yaml"
+CATALOG = "utils/model_catalog/openai.json"
+"""In MLflow: OpenAI's models with their prices."""
 REPLY_TOKENS = {"logprobs": 1, "text": 4}
 """By the judge's mode; what a reasoning judge thinks before it replies is not counted."""
 
@@ -24,6 +25,8 @@ class Price:
 
     input: float
     output: float
+    day: str | None = field(default=None, kw_only=True)
+    """When it was looked up; None for one that the user states."""
 
     def dollars(self, input_tokens: float, output_tokens: float) -> float:
         """What so many tokens cost."""
@@ -43,16 +46,19 @@ def read_price(text: str) -> tuple[str, Price]:
 
 
 def list_price(judge: JudgeSpec) -> Price | None:
-    """The maker's price of a judge, asked at the maker's endpoint; None for any other."""
+    """The maker's price of a judge, asked at the maker's endpoint; None for any other.
+
+    None, too, for one that thinks before it replies: what that will cost can't be known.
+    """
     if judge.name != "openai" or judge.arguments.get("base_url") is not None:
         return None
-    figures = _list()["prices"].get(judge.arguments["model"])
-    return Price(*figures) if figures else None
-
-
-def list_date() -> str:
-    """The day of the price list."""
-    return str(_list()["date"])
+    try:
+        model = _catalog()[judge.arguments["model"]]
+        thinks, pricing, day = model["capabilities"]["reasoning"], model["pricing"], model["last_updated_at"]
+        price = Price(pricing["input_per_million_tokens"], pricing["output_per_million_tokens"], day=day)
+    except KeyError:
+        return None
+    return None if thinks else price
 
 
 def most_tokens(judge: JudgeSpec, evaluation: Evaluation) -> tuple[int, int]:
@@ -69,6 +75,10 @@ def most_tokens(judge: JudgeSpec, evaluation: Evaluation) -> tuple[int, int]:
 
 
 @cache
-def _list() -> Mapping[str, Any]:
-    content: Mapping[str, Any] = yaml.safe_load(LIST.read_text(encoding="utf-8"))
-    return content
+def _catalog() -> Mapping[str, Any]:
+    """By model; empty where this MLflow has none. Read without importing MLflow, which takes a second."""
+    mlflow = find_spec("mlflow")
+    folders = mlflow.submodule_search_locations if mlflow else None
+    files = [path for folder in folders or () if (path := Path(folder) / CATALOG).is_file()]
+    models: Mapping[str, Any] = json.loads(files[0].read_text(encoding="utf-8"))["models"] if files else {}
+    return models

@@ -184,11 +184,11 @@ class Outlook:
             price = self.prices.get(model)
             if price is None and (price := judge_cost.list_price(judge)) is not None:
                 self.assumptions.append(
-                    f"dollars: {model} at its list price of {judge_cost.list_date()}, {price.input:g} in and "
-                    f"{price.output:g} out a million tokens; --price states another"
+                    f"dollars: {model} at its list price of {price.day}, {price.input:g} in and {price.output:g} out a "
+                    "million tokens; --price states another"
                 )
             if price is None:
-                self.unknown["dollars"] = f"the price of {model} is not in the list; state it: --price {model}=IN,OUT"
+                self.unknown["dollars"] = f"there is no list price of {model}; state it: --price {model}=IN,OUT"
                 return None
             for _, evaluation, count in self._evaluations():
                 read, written = judge_cost.most_tokens(judge, evaluation)

@@ -132,10 +132,16 @@ def test_dollars_by_hand(recipe: dict[str, Any]) -> None:
     found = facts(judged, prices={"gpt-4o-mini": Price(1000.0, 0.0)})
     assert found["dollars"] == pytest.approx(5 * read * 1000 / 1e6, abs=0.01)
     assert facts(judged, prices={"gpt-4o-mini": Price(0.0, 1000.0)})["dollars"] == pytest.approx(0.2)
-    assert any("list price of 2025" in line for line in facts(judged)["assumptions"])
+    listed = facts(judged)  # 0.15 and 0.60 dollars a million tokens since July 2024
+    assert listed["dollars"] == round(5 * read * 0.15 / 1e6 + 0.2 * 0.6 / 1000, 2)
+    assert any("gpt-4o-mini at its list price of 20" in line for line in listed["assumptions"])
 
 
-@pytest.mark.parametrize("judge", [{"model": "unheard-of"}, {"model": "gpt-4o", "base_url": "http://127.0.0.1:1/v1"}])
+@pytest.mark.parametrize(
+    "judge",
+    [{"model": "unheard-of"}, {"model": "gpt-4o", "base_url": "http://127.0.0.1:1/v1"}, {"model": "gpt-5"}],
+    ids=["not in the list", "not its maker's endpoint", "thinks before it replies"],
+)
 def test_a_price_that_is_not_known_is_not_made_up(recipe: dict[str, Any], judge: dict[str, Any]) -> None:
     judged = {**recipe, "eval": {**recipe["eval"], "judges": [{"name": "openai", **judge}]}}
     found = facts(judged)
