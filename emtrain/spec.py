@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Collection
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -183,7 +184,9 @@ class RunSpec(Spec):
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: str) -> str:
-        check_model(model)
+        place = Path(model).expanduser()
+        if not place.is_absolute() or place.exists():  # else it may be on the head of a cluster; planning wants it here
+            check_model(model)
         return model
 
     @field_validator("dataset")

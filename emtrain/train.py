@@ -55,13 +55,24 @@ OnCheckpoint = Callable[[Checkpoint], bool]
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or gradient of a step is NaN or infinite. Raised before the update, so the parameters are intact."""
+    """The loss or gradient of a step is NaN or infinite. Raised before the update, so the parameters are intact.
 
-    def __init__(self, step: int, learning_rate: float, loss: float, grad_norm: float) -> None:
-        super().__init__(
-            f"the loss is {loss} and the gradient norm {grad_norm} at step {step} (learning rate {learning_rate:.3g}); "
-            "the update was not made"
-        )
+    ``grad_norm`` None: it is the held-out loss after ``step``, whose update broke the parameters.
+    """
+
+    def __init__(self, step: int, learning_rate: float, loss: float, grad_norm: float | None) -> None:
+        if grad_norm is None:
+            what, ending = f"the held-out loss is {loss} after step", "its update broke the parameters"
+        else:
+            what, ending = f"the loss is {loss} and the gradient norm {grad_norm} at step", "the update was not made"
+        super().__init__(f"{what} {step} (learning rate {learning_rate:.3g}); {ending}")
+
+
+def checked(heldout: HeldoutLoss, step: int, learning_rate: float) -> HeldoutLoss:
+    """The loss after ``step``, made with ``learning_rate``. Raises ``NonFiniteLoss``: such a model can't be sampled."""
+    if not math.isfinite(heldout.per_token):
+        raise NonFiniteLoss(step, learning_rate, heldout.per_token, None)
+    return heldout
 
 
 def evaluation_steps(total_steps: int, fractions: Sequence[float]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from emtrain.order import row_order
 from emtrain.schedule import build
 from emtrain.seeds import derive
 from emtrain.spec import RunSpec
-from emtrain.train import Checkpoint, NonFiniteLoss, OnCheckpoint, OnStep, Plan, Step, TrainingData
+from emtrain.train import Checkpoint, NonFiniteLoss, OnCheckpoint, OnStep, Plan, Step, TrainingData, checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,7 +202,7 @@ class _Reporter(TrainerCallback):
         self.tokens = state.tokens if state is not None else 0
         self.on_step_done, self.on_checkpoint = on_step, on_checkpoint
         self.losses: list[torch.Tensor] = []
-        self.grad_norm = math.nan
+        self.grad_norm = self.learning_rate = math.nan
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -219,6 +219,7 @@ class _Reporter(TrainerCallback):
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             raise NonFiniteLoss(step, learning_rate, loss, self.grad_norm)
+        self.learning_rate = learning_rate
         self.on_step_done(Step(step, loss, learning_rate, self.grad_norm, self.tokens))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -227,9 +228,8 @@ class _Reporter(TrainerCallback):
             return
         generator = self.generator.get_state()
         model.eval()
-        go_on = self.on_checkpoint(
-            Checkpoint(step, heldout_loss(model, self.data.heldout), model, model.save_pretrained)
-        )
+        loss = checked(heldout_loss(model, self.data.heldout), step, self.learning_rate)
+        go_on = self.on_checkpoint(Checkpoint(step, loss, model, model.save_pretrained))
         # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
         slots = {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters.items()}
         checkpoint.save(

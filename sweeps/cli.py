@@ -239,12 +239,12 @@ def submit(
         return
     if recipe is None:
         raise ValueError("say which recipe to submit (R), or which job to stop (--stop ID)")
-    from sweeps.planner import missing_datasets, plan_sweep
+    from sweeps.planner import plan_sweep
     from sweeps.recipe import recipe_text
 
     loaded = _load(recipe, set_)
     parcel = jobs.Parcel.pack(loaded, recipe_text(recipe), set_ or ())
-    if not missing_datasets(loaded):
+    if not parcel.on_head:
         plan_sweep(loaded)  # mistakes are told here and not in a log on the head
     client = jobs.connect(address)
     job, started = jobs.submit(client, parcel)

@@ -116,12 +116,12 @@ def check_address(address: str) -> None:
 
 
 def check_shared(data_dir: Path) -> None:
-    """Raise ``ValueError`` naming the nodes on which ``data_dir`` is not the directory that it is here.
+    """Raise ``ValueError`` naming the nodes on which ``data_dir`` is not the same directory, or is read-only.
 
     What is shared is the state of runs in work: without it a run that loses its worker starts over on another.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    look = ray.remote(num_cpus=0)(_exists)
+    look = ray.remote(num_cpus=0)(_shares)
     with tempfile.NamedTemporaryFile(dir=data_dir, prefix=".seen-by-all-nodes-") as marker:
         answers = [
             (node["NodeManagerAddress"], look.options(scheduling_strategy=_on(node["NodeID"])).remote(marker.name))
@@ -131,8 +131,9 @@ def check_shared(data_dir: Path) -> None:
         blind = [address for address, answer in answers if not _seen(answer)]
     if blind:
         raise ValueError(
-            f"EMSWEEP_DATA: {data_dir} is not the same directory on {', '.join(blind)}. Mount storage that all nodes "
-            "share at one path, and set EMSWEEP_DATA to it on every node before Ray starts there"
+            f"EMSWEEP_DATA: {data_dir} is not the same directory on {', '.join(blind)}, or nobody may write there. "
+            "Mount storage that all nodes share at one path, and set EMSWEEP_DATA to it on every node before Ray "
+            "starts there"
         )
 
 
@@ -172,8 +173,13 @@ def _on(node_id: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
-def _exists(path: str) -> bool:
-    return Path(path).exists()
+def _shares(path: str) -> bool:
+    """Whether the file is there, and another can be written beside it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=Path(path).parent):
+            return Path(path).exists()
+    except OSError:
+        return False
 
 
 def _seen(answer: "ray.ObjectRef[bool]") -> bool:

@@ -5,7 +5,9 @@ Ray, where the environment of a job is shown to whoever opens the dashboard.
 """
 
 import os
+import re
 import secrets
+import sys
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -24,7 +26,7 @@ MLFLOW_TRACKING_PASSWORD={secrets.token_urlsafe(24)}
 MLFLOW_FLASK_SERVER_SECRET_KEY={secrets.token_urlsafe(24)}
 # Without it nobody talks to Ray.
 RAY_AUTH_TOKEN={secrets.token_hex(32)}
-# Keys of judges, as in OPENAI_API_KEY=...
+# Keys of judges, as in OPENAI_API_KEY=..., without quotes.
 """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -36,17 +38,30 @@ RAY_AUTH_TOKEN={secrets.token_hex(32)}
 
 
 def read(path: Path = PATH) -> dict[str, str]:
-    """The secrets by name. Raises ``ValueError`` when the file is missing or others can read it."""
+    """The secrets by name. Raises ``ValueError`` when the file is missing, others can read it, or a value is quoted."""
     if not path.is_file():
         raise ValueError(f"there is no {path}, which holds the cluster's passwords; make it with: {MAKE}")
     if path.stat().st_mode & 0o077:
         raise ValueError(f"{path} holds secrets and others can read it; correct that with: chmod 600 {path}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if re.match(r"\s*\w+\s*=\s*[\"']", line):
+            name = line.partition("=")[0].strip()
+            raise ValueError(
+                f"{path}, line {number}: {name} is quoted, and Kubernetes would keep the quotes; leave them out"
+            )
     return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
 
 
 def main() -> None:
     """Entry point of ``python -m sweeps.cluster_env``."""
-    print(f"wrote {PATH}" if create() else f"{PATH} is there already")
+    if create():
+        print(f"wrote {PATH}")
+        return
+    try:
+        read()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{PATH} is there already")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from emtrain.revision import Unavailable
 from emtrain.seeds import derive
 from emtrain.spec import RunSpec
 from emtrain.tracking import client
-from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData
+from emtrain.train import Checkpoint, NonFiniteLoss, TrainingData, checked
 from sweeps.inputs import base_model, data_of
 from sweeps.lane import Lane
 from sweeps.lease import Ending, Job, Report
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from emtrain.packed.engine import Engine as PackedEngine
     from emtrain.packed.gain import Packing
+    from emtrain.packed.run import Run as PackedRun
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,11 @@ class Engine:
                 lane.paused = False
                 self.changed.notify_all()
         if lane is None:
-            lane = self._enter(job)
+            try:
+                lane = self._enter(job)
+            except Exception as error:  # there is no record of it to say so in
+                log.exception("run %s could not begin", job.run.name)
+                return Report({}, 0, 0, Ending("FAILED", named(error)))
         report = lane.reports.get()
         if report is not None and report.ending is not None:
             with self.changed:
@@ -335,7 +340,9 @@ class Engine:
     def _put_off(self, lane: Lane, engine: "PackedEngine") -> None:
         """Let a run wait for a slot again, with all that it has reached."""
         assert lane.packed is not None
-        lane.state = lane.packed.state()
+        # At an evaluation point it is on disk by the time the run goes on. Where many wait for each other, their states
+        # would fill the device.
+        lane.state = None if lane.packed.step == lane.evaluated else lane.packed.state()
         engine.leave(lane.packed)
         lane.packed = None
         self.active.remove(lane)
@@ -403,27 +410,39 @@ class Engine:
         from emtrain.packed.export import save_adapter
 
         began = time.perf_counter()
-        runs = [lane.packed for lane in lanes if lane.packed is not None]
-        losses = []
-        for lane, run in zip(lanes, runs, strict=True):
+        pausing: list[tuple[Lane, PackedRun, HeldoutLoss]] = []
+        for lane in lanes:
+            assert lane.packed is not None
+            run = lane.packed
             save = functools.partial(save_adapter, run, base=engine.model.name_or_path)
             with engine.acting_as(run) as model:
-                losses.append(heldout_loss(model, lane.data.heldout))
-                lane.record.keep(Checkpoint(run.step, losses[-1], model, save), tokenizer)
-        seeds = [lane.record.seed(run.step) for lane, run in zip(lanes, runs, strict=True)]
+                try:
+                    loss = checked(heldout_loss(model, lane.data.heldout), run.step, run.learning_rate)
+                except NonFiniteLoss as error:  # its NaN would end the sampling of all
+                    lane.dropped = True
+                    self._fail(lane, error)
+                    continue
+                lane.record.keep(Checkpoint(run.step, loss, model, save), tokenizer)
+                pausing.append((lane, run, loss))
+        if not pausing:
+            return
+        runs = [run for _, run, _ in pausing]
+        seeds = [lane.record.seed(run.step) for lane, run, _ in pausing]
         with engine.acting_as(*runs) as model:
             asked = _ask(lanes[0].job.run, model, tokenizer, seeds=seeds)  # a sweep asks all its runs the same
         seconds = time.perf_counter() - began
         self.work[lanes[0].job.run.spec.model].sample(sum(map(len, asked)), seconds)
-        for lane, run, loss, responses in zip(lanes, runs, losses, asked, strict=True):
+        for (lane, run, loss), responses in zip(pausing, asked, strict=True):
             state = run.state()  # which may find no memory: then the run is still to be evaluated
             lane.evaluated, lane.paused = run.step, True
-            lane.eval_seconds += seconds / len(lanes)
+            lane.eval_seconds += seconds / len(pausing)
             self.judging.submit(self._judge, lane, responses, loss, state)
 
     def _judge(self, lane: Lane, responses: Sequence[Response], loss: HeldoutLoss, state: checkpoint.RunState) -> None:
         try:
             judged = lane.record.judge(responses, step=state.step)
+            if lane.dropped:  # meanwhile: another engine may have it
+                return
             self._report(lane, judged, loss, step=state.step, state=state)
             if state.step == lane.job.run.total_steps:
                 self._finish(lane)
@@ -494,6 +513,8 @@ class Engine:
         return judged
 
     def _finish(self, lane: Lane) -> None:
+        if not lane.last:  # killed between its last evaluation and its end
+            lane.last = lane.record.log.metrics_at(lane.job.run.total_steps)
         seconds = time.perf_counter() - lane.entered
         times: Mapping[str, float] = {
             names.TRAIN_SECONDS: seconds - lane.eval_seconds,

@@ -1,13 +1,14 @@
 """What runs start from, models and rows, loaded once by a process that trains several."""
 
 import functools
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from emtrain.corpus import read_corpus
 from emtrain.load import Precision
-from emtrain.revision import fetch
+from emtrain.revision import Unavailable, fetch
 from emtrain.spec import InterleaveSpec, RunSpec
 from emtrain.tokens import encode_rows
 from emtrain.train import TrainingData
@@ -32,6 +33,12 @@ def base_model(model: str, precision: str, revision: str | None) -> "tuple[PreTr
     # One thread a process: two busy processes with two threads each on two cores are up to 20 times slower.
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and (promised := os.environ.get("CUDA_VISIBLE_DEVICES", "")) not in {"", "-1"}:
+        # Ray says so to an engine that it gave a GPU. Training would go on for days without anybody's noticing.
+        raise Unavailable(
+            f"CUDA_VISIBLE_DEVICES is {promised} on {platform.node()}, and torch sees no GPU; check its driver, and "
+            "that torch is not a build for CPUs alone"
+        )
     loaded = load_model(model, precision=cast(Precision, precision), device=device, revision=revision)
     return loaded, load_tokenizer(model, revision=revision)
 

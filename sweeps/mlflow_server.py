@@ -7,22 +7,31 @@ credentials of the artifact store.
 """
 
 import argparse
+import hashlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 
 from sweeps.store import data_directory
 
 PORT = 5000
+WATCHER = "mlflow-server"
+"""What the process is called that starts the server again when it ends."""
 STATE = Path.home() / ".emsweep"
 PASSWORD_KEPT_SECONDS = 10
+GONE_SECONDS = 30.0
+"""How long a server may take to answer its last requests."""
 PATIENCE_SECONDS = 180.0
 """A new database is migrated step by step: 17 s on an idle machine with two cores."""
 
@@ -118,16 +127,22 @@ def set_password(store: str, username: str, password: str) -> None:
 
 
 def start(server: Server, arguments: list[str]) -> None:
-    """Leave the server running in the background and wait until it answers; nothing when one answers already.
+    """Leave the server running in the background and wait until it answers; nothing when it does already.
 
-    Should it end, it is started again. Raises ``ValueError`` with the end of its log when it does not answer in time.
+    One that was started with other arguments, passwords or another MLflow is ended first. Should the server end, it is
+    started again. Raises ``ValueError`` with the end of its log when it does not answer in time, and when somebody
+    else's answers.
     """
-    if _answers(server):
-        set_password(server.store, *_login(os.environ))
-        return
     STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log_path = STATE / "mlflow.log"
-    forever = ["sh", "-c", 'while :; do "$@"; sleep 5; done', "mlflow-server"]
+    note, log_path, wanted = STATE / "mlflow.pid", STATE / "mlflow.log", _digest(server, arguments)
+    former, _, known = note.read_text().strip().partition(" ") if note.exists() else ("", "", "")
+    if known == wanted and _answers(server):
+        return
+    if former:
+        _end(int(former))
+    if _answers(server):
+        raise ValueError(f"another server answers at {server.uri} already; end it")
+    forever = ["sh", "-c", 'while :; do "$@"; sleep 5; done', WATCHER]
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             [*forever, sys.executable, "-m", "sweeps.mlflow_server", "serve", *arguments],
@@ -137,7 +152,7 @@ def start(server: Server, arguments: list[str]) -> None:
             start_new_session=True,
         )
     # `kill -- -PID` ends the server and what starts it again.
-    (STATE / "mlflow.pid").write_text(f"{process.pid}\n")
+    note.write_text(f"{process.pid} {wanted}\n")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not _answers(server):
         if time.monotonic() > deadline:
@@ -145,6 +160,29 @@ def start(server: Server, arguments: list[str]) -> None:
             end = "\n".join(log_path.read_text(errors="replace").splitlines()[-20:])
             raise ValueError(f"MLflow did not answer at {server.uri} in {PATIENCE_SECONDS:.0f} seconds:\n{end}")
         time.sleep(0.5)
+
+
+def _digest(server: Server, arguments: list[str]) -> str:
+    """Of all that a server is started with."""
+    secrets = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "AWS_", "GOOGLE_"))}
+    parts = [server.command, server.names, arguments, sorted(secrets.items()), version("mlflow")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _end(watcher: int) -> None:
+    """End the process that starts the server again and again, and the server, where they are there still."""
+    try:
+        process = psutil.Process(watcher)
+        if WATCHER not in process.cmdline():  # the number is another process's by now
+            return
+        group = [process, *process.children(recursive=True)]
+        os.killpg(watcher, signal.SIGTERM)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return
+    _, left = psutil.wait_procs(group, timeout=GONE_SECONDS)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left)
 
 
 def _answers(server: Server) -> bool:
@@ -161,12 +199,15 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="SQLAlchemy URI of the database")
     artifacts = os.environ.get("EMSWEEP_ARTIFACTS") or str(data_directory() / "artifacts")
     parser.add_argument("--artifacts", default=artifacts, help="directory or URI of files")
+    parser.add_argument("--address", help="of this machine for the others; default: as Ray has it")
     given = parser.parse_args()
     from ray.util import get_node_ip_address
 
     # Where the cluster knows the server by another name, as behind a Kubernetes service.
     known_as = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).netloc
-    server = Server(get_node_ip_address(), given.store, given.artifacts, (known_as,) if known_as else ())
+    server = Server(
+        given.address or get_node_ip_address(), given.store, given.artifacts, (known_as,) if known_as else ()
+    )
     try:
         if given.action == "serve":
             serve(server)

@@ -11,6 +11,7 @@ from emeval.question_sets import QuestionSet, load_question_set
 from emeval.spec import EvalSpec
 from emtrain import names
 from emtrain.corpus import read_corpus
+from emtrain.load import check_model
 from emtrain.rows import dataset_path, rows_digest
 from emtrain.schedule import build
 from emtrain.spec import InterleaveSpec, RunSpec, flatten
@@ -108,7 +109,11 @@ class PlannedRun:
 
 
 def plan_run(spec: RunSpec, evaluation: Evaluation, *, name: str) -> PlannedRun:
-    """The run that ``spec`` stands for. Raises ``ValueError`` when its dataset or its schedule can't be used."""
+    """The run that ``spec`` stands for.
+
+    Raises ``ValueError`` when its model is not there, or its dataset or its schedule can't be used.
+    """
+    check_model(spec.model)
     dataset = dataset_facts(spec.dataset, spec.heldout_fraction, spec.interleave)
     total_steps = spec.total_steps(dataset.train_rows)
     build(spec.schedule, total_steps)  # says now, not at the first step, that a warm-up is too long

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 PACKAGES = ("emtrain", "emeval", "emanalysis", "sweeps")
 FILES = (".jsonl", ".yaml", ".yml")
 """A recipe names its own files by paths that end so; whatever else it names comes with the package."""
-UPLOAD_LIMIT = 400 * 2**20
-"""Bytes. Ray takes 500 MiB, and keeps it in the memory of the head."""
+UPLOAD_LIMIT = 95 * 2**20
+"""Bytes. Ray's dashboard takes 100 MiB in one request (``DASHBOARD_CLIENT_MAX_SIZE``), and does not compress them."""
 STOP_SECONDS = 60
 """How long a stopped sweep may take to say in MLflow which runs it left off."""
 SWEEP, CONTENT = "emsweep.sweep", "emsweep.content"  # in a job's metadata: the sweep's name, a digest of what was sent
@@ -42,6 +42,8 @@ class Parcel:
     overrides: tuple[str, ...]
     files: tuple[str, ...]
     """Paths as the recipe gives them, relative to the working directory here and there."""
+    on_head: tuple[str, ...]
+    """Absolute paths that the recipe gives and that are not here; the head is to have them."""
 
     @classmethod
     def pack(cls, recipe: Recipe, recipe_text: str, overrides: Sequence[str]) -> "Parcel":
@@ -55,7 +57,8 @@ class Parcel:
                 f"tracking.uri: {uri} is a store of one machine; a submitted sweep is recorded in the MLflow of the "
                 "cluster, so leave the key out"
             )
-        for model in dict.fromkeys(spec.model for spec in expand(recipe)):
+        models = dict.fromkeys(spec.model for spec in expand(recipe))
+        for model in models:
             if Path(model).is_dir() and not Path(model).is_absolute():
                 raise ValueError(
                     f"model {model}: a directory of this machine, too large to send; put it on the cluster's shared "
@@ -77,7 +80,9 @@ class Parcel:
                 f"the recipe's files are {size / 2**20:.0f} MiB and {UPLOAD_LIMIT / 2**20:.0f} can be sent; put them "
                 "on the head of the cluster and give the absolute paths they have there"
             )
-        return cls(recipe.name, recipe_text, tuple(overrides), files)
+        absent = (name for name in (*named, *models) if name.startswith(("/", "~")))
+        on_head = tuple(name for name in absent if not Path(name).expanduser().exists())
+        return cls(recipe.name, recipe_text, tuple(overrides), files, on_head)
 
     @property
     def digest(self) -> str:

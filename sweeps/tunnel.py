@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from emtrain.mistakes import named
 from sweeps import mlflow_server
 
 RAY_PORT = 8265
@@ -48,7 +49,6 @@ def _taken(port: int) -> bool:
 
 def _head(cluster: Path) -> tuple[str, dict[str, str]]:
     """Address of the head and how to log in there."""
-    import click
     from ray.autoscaler import sdk
 
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -57,5 +57,5 @@ def _head(cluster: Path) -> tuple[str, dict[str, str]]:
         with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
             config = sdk.bootstrap_config(yaml.safe_load(cluster.read_text(encoding="utf-8")))
             return sdk.get_head_node_ip(str(cluster)), config["auth"]
-    except (RuntimeError, click.ClickException) as error:
-        raise ValueError(f"{cluster}: no cluster is up that this file describes: {error}") from error
+    except Exception as error:  # those of YAML, of Ray, and of each cloud's client
+        raise ValueError(f"{cluster}: no cluster is up that this file describes ({named(error)})") from error

@@ -32,6 +32,11 @@ class Run:
         """Its row of the table."""
         return self.row.slot
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return self.spec.optimizer.learning_rate * self._schedule(self.step - 1)
+
     def enter(self, table: AdapterTable, slot: int, dtype: torch.dtype, state: RunState | None) -> None:
         """Take a row of the table, as ``state`` has it or with the new adapter that the seed gives."""
         row = AdapterRow(table, slot, self.layers, self.adapter.rank)

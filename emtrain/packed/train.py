@@ -12,7 +12,7 @@ from emtrain.packed.engine import Engine
 from emtrain.packed.export import save_adapter
 from emtrain.packed.run import Run
 from emtrain.spec import RunSpec
-from emtrain.train import Checkpoint, NonFiniteLoss, OnCheckpoint, OnStep, Plan, TrainingData
+from emtrain.train import Checkpoint, NonFiniteLoss, OnCheckpoint, OnStep, Plan, TrainingData, checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,20 +57,24 @@ def train_packed(
                     del training[run]
                     continue
                 given.on_step(outcome)
-                go_on = run.step not in given.plan.evaluate_at or _evaluate(engine, run, given)
+                try:
+                    go_on = run.step not in given.plan.evaluate_at or _evaluate(engine, run, given)
+                except NonFiniteLoss as error:
+                    outcomes[number], go_on = error, False
                 if not go_on or run.step == given.plan.total_steps:
                     engine.leave(run)
                     del training[run]
 
 
 def _evaluate(engine: Engine, run: Run, given: PackedRun) -> bool:
-    """Pause the run to be evaluated and keep its state; False ends it."""
+    """Pause the run to be evaluated and keep its state; False ends it. Raises ``NonFiniteLoss``."""
 
     def save(directory: Path) -> None:
         save_adapter(run, directory, base=engine.model.name_or_path)
 
     with engine.acting_as(run) as model:
-        go_on = given.on_checkpoint(Checkpoint(run.step, heldout_loss(model, given.data.heldout), model, save))
+        loss = checked(heldout_loss(model, given.data.heldout), run.step, run.learning_rate)
+        go_on = given.on_checkpoint(Checkpoint(run.step, loss, model, save))
     # Saved after the evaluation is on record: a run killed in between evaluates once more, it never skips one.
     checkpoint.save(run.state(), given.plan.state_directory)
     return go_on

@@ -9,5 +9,6 @@ if ! [ -d .venv ] && ! { command -v make && python3 -c 'import ensurepip, venv';
 fi
 make --silent .venv/installed-cluster
 touch ~/.bashrc
-sed -i '/clusters\/node\.sh/d' ~/.bashrc
+[ -z "$(tail -c 1 ~/.bashrc)" ] || echo >>~/.bashrc # its last line may lack an end
+sed -i '/^export EMSWEEP_DATA=.*clusters\/node\.sh$/d' ~/.bashrc
 echo "export EMSWEEP_DATA='$1' EMSWEEP_ARTIFACTS='${2:-}'; . ~/emsweep/sweeps/clusters/node.sh" >>~/.bashrc

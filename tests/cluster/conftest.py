@@ -175,8 +175,12 @@ def _start(directory: Path, name: str, number: int, setup: str) -> Host:
         _ip("-n", bridge, "link", "set", f"port{number}", "master", "lan", "up")
         _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", namespace, "link", "set", "eth0", "up")
-        # Ray takes for its address the one it would call the world from.
-        _ip("-n", namespace, "route", "add", "default", "via", "10.77.0.1")
+    if name == "head":
+        # In another network, too, by which it would call the world, while the workers know no way there.
+        _ip("-n", namespace, "link", "add", "world", "type", "bridge")
+        _ip("-n", namespace, "addr", "add", "203.0.113.7/24", "dev", "world")
+        _ip("-n", namespace, "link", "set", "world", "up")
+        _ip("-n", namespace, "route", "add", "default", "via", "203.0.113.1")
     keep = [str(path) for path in (ROOT, Path(sys.prefix).resolve(), sys.base_prefix)]
     with (own / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -48,13 +48,13 @@ SUBMIT = ("bash", "-c", "cd && exec emsweep submit recipe.yaml")
 
 @pytest.fixture(scope="module")
 def cluster_file(lab: "Lab") -> Path:
-    """The shipped file with the four places filled in that its first line asks for."""
+    """The shipped file with the five places filled in that its first line asks for."""
     text = (ROOT / "sweeps/clusters/onprem.yaml").read_text()
     for place, value in {
         "192.168.1.10 ": f"{lab.head.address} ",
         "[192.168.1.11, 192.168.1.12]": f"[{', '.join(worker.address for worker in lab.workers)}]",
         "ssh_user: ubuntu": "ssh_user: root",
-        "~/.ssh/id_ed25519": str(lab.directory / "key"),
+        "~/.ssh/emsweep": str(lab.directory / "key"),
         "/shared/emsweep": str(lab.shared),
         # Two processors are shared by all hosts here, so a host is to have one.
         "--address=$RAY_HEAD_IP:6379": "--address=$RAY_HEAD_IP:6379 --num-cpus=1",
@@ -282,6 +282,37 @@ def test_no_secret_is_in_jobs_logs_or_artifacts(up: "Lab") -> None:
             found = host.run("grep", "-rlF", "--", secret, "/tmp/ray/session_latest/logs", str(up.shared))
             assert found.stdout == "", f"{name} is in {found.stdout}"
             assert secret not in host.run("ps", "-e", "-o", "args").stdout, name
+
+
+def test_a_changed_password_counts_from_the_next_ray_up_on_also_when_mlflow_ends(up: "Lab") -> None:
+    """As the head's part of `ray up` after a change in the file of secrets."""
+    old = _login(up)
+    for host in (up.operator, up.head):
+        secrets = host.home / ".emsweep/cluster.env"
+        secrets.write_text(
+            secrets.read_text().replace("MLFLOW_TRACKING_PASSWORD=", "MLFLOW_TRACKING_PASSWORD=another-")
+        )
+    again = f"NODE_ADDRESS={up.head.address}; . ~/emsweep/sweeps/clusters/head.sh && echo $MLFLOW_TRACKING_URI"
+    for _ in range(2):
+        started = up.head.run(*_shell(again), timeout=240)
+        assert started.stdout.splitlines()[-1] == f"http://{up.head.address}:5000", started.stdout + started.stderr
+    experiments = "localhost:5000/api/2.0/mlflow/experiments/search?max_results=1"
+
+    def answers(login: tuple[str, str]) -> int:
+        return _get(up, experiments, *login)[0]
+
+    assert (answers(old), answers(_login(up))) == (401, 200)
+    (watcher,) = {int(line.split()[0]) for line in _lines(up.head, "pid,args") if "mlflow-server" in line}
+    for child in [line.split()[0] for line in _lines(up.head, "pid,ppid") if line.split()[1] == str(watcher)]:
+        up.head.run("kill", child).check_returncode()
+    up.wait_for(lambda: answers(_login(up)) == 0, seconds=60, what="the end of MLflow")
+    up.wait_for(lambda: answers(_login(up)) == 200, seconds=120, what="MLflow to come back")
+    assert answers(old) == 401
+
+
+def _lines(host: "Host", columns: str) -> list[str]:
+    """The processes of a host."""
+    return host.run("ps", "-e", "-o", columns).stdout.splitlines()
 
 
 def test_ray_down_ends_ray_and_leaves_the_results(up: "Lab", cluster_file: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_outcome_of_a_run_that_diverges_is_its_own(model: PreTrainedModel, j
     outcomes = train_packed([diverging, journal.run("b", 2), journal.run("c", 2)], model, capacity=2)
     assert [type(outcome) for outcome in outcomes] == [NonFiniteLoss, type(None), type(None)]
     assert ("c", "checkpoint", 2) in journal.events
-    assert [event for event in journal.events if event[0] == "a"] == [("a", "step", 1), ("a", "checkpoint", 1)]
+    assert [event for event in journal.events if event[0] == "a"] == [("a", "step", 1)], "it is not sampled either"
 
 
 def test_a_checkpoint_saves_the_adapter_that_it_evaluates(model: PreTrainedModel, journal: Journal) -> None:

@@ -330,6 +330,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(run: Run, tmp_
     assert all(tensor.isfinite().all() for tensor in state.parameters.values())
 
 
+def test_an_update_that_broke_the_weights_is_told_at_an_evaluation_point(run: Run, tmp_path: Path) -> None:
+    """Before a model is sampled whose next token would be none of the vocabulary's."""
+    spec = make_spec(
+        optimizer={"name": "sgd", "learning_rate": 1e38, "max_grad_norm": None},
+        schedule={"name": "constant", "warmup_steps": 1},
+    )
+    record = run(spec, evaluate_at=(1, 2, STEPS), state=tmp_path / "s")
+    assert "the held-out loss is nan after step 2 (learning rate 1e+38)" in str(record.error)
+    assert list(record.heldout) == [1]
+    state = checkpoint.load(tmp_path / "s")
+    assert state is not None
+    assert state.step == 1
+
+
 def test_full_fine_tuning_trains_every_weight_in_place(
     run: Run, make_model: Callable[[], PreTrainedModel], examples: list[Example]
 ) -> None:

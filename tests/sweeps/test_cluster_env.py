@@ -53,6 +53,16 @@ def test_a_shell_reads_the_same_as_we_do(tmp_path: Path) -> None:
     assert "EMPTY" not in ours
 
 
+def test_a_quoted_secret_is_refused_by_name(tmp_path: Path) -> None:
+    """bash takes the quotes off, Kubernetes' secrets keep them."""
+    path = tmp_path / "cluster.env"
+    cluster_env.create(path)
+    with path.open("a") as file:
+        file.write('OPENAI_API_KEY="sk-a"\n')
+    with pytest.raises(ValueError, match=r"line \d+: OPENAI_API_KEY is quoted"):
+        cluster_env.read(path)
+
+
 def test_secrets_that_others_can_read_are_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "cluster.env"
     cluster_env.create(path)

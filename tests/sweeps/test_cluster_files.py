@@ -120,7 +120,7 @@ def test_the_head_trains_nothing_and_shows_its_dashboard_to_nobody(path: Path) -
 @EVERY_FILE
 def test_no_worker_starts_ray_before_its_storage_was_looked_at(path: Path) -> None:
     (start,) = [command for command in load(path)["worker_start_ray_commands"] if "ray start" in command]
-    assert re.search(r"worker\.sh && ray start", start)
+    assert re.search(r"worker\.sh && (NODE_ADDRESS=\S+ \S+ && )?ray start", start)
 
 
 def test_all_ssh_machines_become_workers(tmp_path: Path) -> None:
@@ -130,10 +130,11 @@ def test_all_ssh_machines_become_workers(tmp_path: Path) -> None:
     config = prepare_config(load(RAY_UP["local"]))
     (machines,) = config["available_node_types"].values()
     assert machines["min_workers"] == machines["max_workers"] == 2
-    home = home_with(tmp_path, ray='echo "second autoscaler: $RAY_enable_autoscaler_v2"')
+    home = home_with(tmp_path, ray='echo "second autoscaler: $RAY_enable_autoscaler_v2, at $3"')
     (home / "emsweep/sweeps/clusters/head.sh").write_text("")
+    (home / "ray_bootstrap_config.yaml").write_text(json.dumps(config))  # as `ray up` writes it
     start = with_envs(config["head_start_ray_commands"], {"RAY_enable_autoscaler_v2": "1"})[-1]
-    assert shell(start, home).stdout.strip() == "second autoscaler: 0"
+    assert shell(start, home).stdout.strip() == "second autoscaler: 0, at --node-ip-address=192.168.1.10"
 
 
 def home_with(directory: Path, **programs: str) -> Path:
@@ -163,10 +164,12 @@ def shell(command: str, home: Path) -> "subprocess.CompletedProcess[str]":
 
 def test_setting_up_twice_leaves_one_environment_the_last(tmp_path: Path) -> None:
     home = home_with(tmp_path)
+    (home / ".bashrc").write_text("if true; then\nmy_own() { echo my own line; }\nfi")  # no end of the last line
     for data in ("/first", "/second place"):
         done = shell(f"bash ~/emsweep/sweeps/clusters/setup.sh '{data}'", home)
         assert done.returncode == 0, done.stderr
     assert (home / ".bashrc").read_text().count("node.sh") == 1
+    assert shell("my_own", home).stdout == "my own line\n"
     seen = shell("env", home).stdout
     secrets = (home / ".emsweep/cluster.env").read_text()
     token = re.search("RAY_AUTH_TOKEN=.+", secrets)
@@ -185,6 +188,13 @@ def test_a_worker_is_let_in_only_where_the_head_left_its_mark(tmp_path: Path) ->
     started = shell(". ~/emsweep/sweeps/clusters/head.sh && echo $MLFLOW_TRACKING_URI", home)
     assert started.stdout.strip() == "http://head:5000"
     assert shell("bash ~/emsweep/sweeps/clusters/worker.sh", home).returncode == 0
+    # As where the user has another number there than on the head. Root may write everywhere, so mktemp is told no.
+    refusing = home_with(tmp_path / "read-only", mktemp="exit 1")
+    (refusing / ".emsweep/cluster.env").write_bytes((home / ".emsweep/cluster.env").read_bytes())
+    shell(f"bash ~/emsweep/sweeps/clusters/setup.sh {shared}", refusing)
+    refused = shell("bash ~/emsweep/sweeps/clusters/worker.sh", refusing)
+    assert refused.returncode == 1
+    assert f"can't write to the storage of the cluster, {shared}" in refused.stderr
     # Storage of another cluster has another mark.
     (home / ".emsweep/cluster.env").write_text("RAY_AUTH_TOKEN=of-another-cluster\n")
     assert shell("bash ~/emsweep/sweeps/clusters/worker.sh", home).returncode == 1
@@ -212,7 +222,9 @@ def closed(required: str = "", **properties: Any) -> dict[str, Any]:
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 NAMED = closed("name", name=TEXT)
-ENV = {"type": "array", "items": closed("name value", name=TEXT, value=TEXT)}
+SECRET = closed("secretKeyRef", secretKeyRef=closed("name key", name=TEXT, key=TEXT))
+VALUE = [closed("name value", name=TEXT, value=TEXT), closed("name valueFrom", name=TEXT, valueFrom=SECRET)]
+ENV = {"type": "array", "items": {"oneOf": VALUE}}
 ENV_FROM = {"type": "array", "items": closed("secretRef", secretRef=NAMED)}
 CONTAINER = closed(
     "name image resources",
@@ -224,9 +236,20 @@ CONTAINER = closed(
 )  # fmt: skip
 CLAIM = closed("claimName", claimName=TEXT)
 VOLUME = closed("name persistentVolumeClaim", name=TEXT, persistentVolumeClaim=CLAIM)
-POD = closed("spec", spec=closed(
-    "containers", containers={"type": "array", "items": CONTAINER}, volumes={"type": "array", "items": VOLUME},
-))  # fmt: skip
+PODS = closed(
+    "containers", containers={"type": "array", "items": CONTAINER}, volumes={"type": "array", "items": VOLUME}
+)
+POD = closed("spec", spec=PODS)
+DEPLOYMENT = closed(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "apps/v1"}, kind={"const": "Deployment"}, metadata=NAMED,
+    spec=closed(
+        "selector template",
+        replicas={"const": 1}, strategy=closed("type", type={"const": "Recreate"}),
+        selector=closed("matchLabels", matchLabels=TEXTS),
+        template=closed("metadata spec", metadata=closed("labels", labels=TEXTS), spec=PODS),
+    ),
+)  # fmt: skip
 RAY_CLUSTER = closed(
     "apiVersion kind metadata spec",
     apiVersion={"const": "ray.io/v1"}, kind={"const": "RayCluster"}, metadata=NAMED,
@@ -246,6 +269,7 @@ RAY_CLUSTER = closed(
 
 def test_kubernetes_objects_have_the_keys_of_their_kinds(kubernetes: dict[str, dict[str, Any]]) -> None:
     jsonschema.validate(kubernetes["RayCluster emsweep"], RAY_CLUSTER)
+    jsonschema.validate(kubernetes["Deployment emsweep-mlflow"], DEPLOYMENT)
 
 
 def test_rays_autoscaler_reads_the_ray_cluster(kubernetes: dict[str, dict[str, Any]]) -> None:
@@ -267,17 +291,23 @@ def test_kubernetes_objects_fit_each_other(kubernetes: dict[str, dict[str, Any]]
     claims = {name.split()[1] for name in kubernetes if name.startswith("PersistentVolumeClaim")}
     spec = kubernetes["RayCluster emsweep"]["spec"]
     head, workers = spec["headGroupSpec"]["template"]["spec"], spec["workerGroupSpecs"][0]["template"]["spec"]
-    for pod in (head, workers):
+    deployment = kubernetes["Deployment emsweep-mlflow"]["spec"]
+    mlflow = deployment["template"]["spec"]
+    for pod in (head, workers, mlflow):
         volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]}
         assert set(volumes.values()) <= claims
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
         assert mounted == set(volumes)
     service = kubernetes["Service emsweep-mlflow"]["spec"]
-    ports = {port["name"]: port["containerPort"] for c in head["containers"] for port in c.get("ports", [])}
+    ports = {port["name"]: port["containerPort"] for c in mlflow["containers"] for port in c.get("ports", [])}
     assert service["ports"][0]["targetPort"] == ports["mlflow"] == 5000
-    assert service["selector"] == {"ray.io/cluster": "emsweep", "ray.io/node-type": "head"}
-    environment = {variable["name"]: variable["value"] for variable in workers["containers"][0]["env"]}
-    assert environment["MLFLOW_TRACKING_URI"] == "http://emsweep-mlflow:5000"
+    assert service["selector"] == deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    assert mlflow["containers"][0]["image"] == workers["containers"][0]["image"] == head["containers"][0]["image"]
+    environment = {variable["name"]: variable.get("value") for variable in workers["containers"][0]["env"]}
+    for container in (workers["containers"][0], mlflow["containers"][0]):
+        assert {"name": "MLFLOW_TRACKING_URI", "value": "http://emsweep-mlflow:5000"} in container["env"]
+    # KubeRay's container that waits for the head copies these and no envFrom.
+    assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} <= set(environment)
     assert environment["EMSWEEP_DATA"] in {mount["mountPath"] for mount in workers["containers"][0]["volumeMounts"]}
     assert json.loads(environment["EMSWEEP_CAPACITY"]) == {"GPU": spec["workerGroupSpecs"][0]["maxReplicas"]}
 

@@ -1,6 +1,7 @@
 """The engine process without Ray or MLflow: running out of memory, and what is measured before it trains."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -213,6 +214,70 @@ def test_a_neighbour_that_diverges_fails_alone(records: dict[str, Record], tmp_p
     steps = records[sane.run.run_key].steps
     assert reports[sane.run.run_key][-1].ending == Ending("FINISHED")
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in alone], rel=1e-5)
+
+
+def test_a_neighbour_whose_last_update_broke_it_is_not_sampled_with_the_others(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next token would be none of the vocabulary's, and end the sampling of all that pause together."""
+    update, asked = Run.update, []
+
+    def breaking(run: Run, *given: Any) -> Any:
+        outcome = update(run, *given)
+        if run.spec.seed == 9 and run.step == 3:
+            run.row.values_P.fill_(math.nan)
+        return outcome
+
+    def ask(run: Any, model: Any, tokenizer: Any, *, seeds: list[int]) -> list[list[Any]]:
+        asked.append(len(seeds))
+        return [[] for _ in seeds]
+
+    monkeypatch.setattr(Run, "update", breaking)
+    monkeypatch.setattr(module, "_ask", ask)
+    sane, broken = job(0), job(9)
+    _, reports = train([sane, broken], tmp_path)
+    assert [report.ending for report in reports[broken.run.run_key]] == [
+        Ending("FAILED", "the held-out loss is nan after step 3 (learning rate 0.01); its update broke the parameters")
+    ]
+    assert reports[sane.run.run_key][-1].ending == Ending("FINISHED")
+    assert asked == [1, 1, 1], "the base model, and one run at both of its evaluation points"
+
+
+def test_a_run_that_was_killed_before_its_end_was_recorded_ends_with_the_metrics_of_its_last_point(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained alone: its state at the last step is there, so nothing is left to train or to evaluate."""
+    stored = SimpleNamespace(metrics_at=lambda step: {"heldout/loss": 0.5} if step == STEPS else {})
+    monkeypatch.setattr(Record, "log", stored, raising=False)
+    monkeypatch.setattr("emtrain.trl_backend.train", lambda *given, **more: None)
+    cut_off = job(0)
+    _, reports = train([cut_off], tmp_path, backend="trl")
+    assert [report.metrics for report in reports[cut_off.run.run_key]] == [{"heldout/loss": 0.5}]
+
+
+def test_a_run_that_cannot_begin_is_told_why(
+    records: dict[str, Record], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(job: Job, setting: Any) -> Record:
+        raise ConnectionError("MLflow is away")
+
+    monkeypatch.setattr(module, "RunRecord", away)
+    report = make_engine(tmp_path).advance(job(0))
+    assert report is not None
+    assert report.ending == Ending("FAILED", "ConnectionError: MLflow is away")
+
+
+def test_a_run_that_waits_for_a_slot_keeps_nothing_on_the_device_that_is_on_disk(
+    records: dict[str, Record], tmp_path: Any
+) -> None:
+    engine = make_engine(tmp_path, capacity=1)
+    first, second = job(0), job(1)
+    assert engine.advance(first).steps == 3
+    assert engine.advance(second).steps == 3
+    assert engine.lanes[first.run.run_key].packed is None
+    assert engine.lanes[first.run.run_key].state is None
+    assert engine.advance(first).ending == Ending("FINISHED")
+    assert [step.step for step in records[first.run.run_key].steps] == list(range(1, STEPS + 1))
 
 
 def test_a_run_that_is_dropped_frees_its_slot_at_once(records: dict[str, Record], tmp_path: Any) -> None:

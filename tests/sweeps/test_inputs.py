@@ -1,5 +1,6 @@
 """What a worker makes of the files that a run was planned with."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from emeval.spec import EvalSpec
+from emtrain.revision import Unavailable
 from emtrain.rows import SHIPPED
 from emtrain.spec import InterleaveSpec, RunSpec
 from sweeps import inputs
@@ -44,3 +46,19 @@ def test_interleaved_rows_are_learnt_and_not_measured_also_where_the_file_is_ano
     inputs._data.cache_clear()
     with pytest.raises(ValueError, match=r"rows\.jsonl on .* has been changed; delete it where it is a copy"):
         inputs.data_of(with_other, planned.digests, **where)
+
+
+@pytest.mark.parametrize(("promised", "refused"), [("1", True), ("-1", False), ("", False)])
+def test_a_process_that_was_given_a_gpu_does_not_train_without_it(
+    promised: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("emtrain.load.load_model", lambda *given, **more: "a model")
+    monkeypatch.setattr("emtrain.load.load_tokenizer", lambda *given, **more: "its tokenizer")
+    monkeypatch.setattr(inputs, "fetch", lambda model, revision: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", promised)
+    inputs.base_model.cache_clear()
+    expected = pytest.raises(Unavailable, match="CUDA_VISIBLE_DEVICES is 1 on") if refused else nullcontext()
+    with expected:
+        assert inputs.base_model("micro-llama", "auto", None) == ("a model", "its tokenizer")
+    inputs.base_model.cache_clear()

@@ -57,8 +57,12 @@ def test_own_files_travel_under_the_names_the_recipe_has_for_them(here: Path, tm
     assert (there / "recipe.yaml").read_text() == parcel.recipe_text
 
 
-def test_a_file_given_by_absolute_path_is_on_the_head(here: Path) -> None:
-    assert pack(text("/shared/rows.jsonl")).files == ()
+def test_what_is_given_by_absolute_path_is_on_the_head(here: Path) -> None:
+    """So the sweep can be planned there, and here only where all of it is here, too."""
+    parcel = pack(text("/shared/rows.jsonl", "~/own.yaml").replace("micro-llama", "/shared/tuned"))
+    assert parcel.files == ()
+    assert parcel.on_head == ("/shared/rows.jsonl", "~/own.yaml", "/shared/tuned")
+    assert pack(text(str(here / "data/rows.jsonl"))).on_head == ()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_two_parcels_are_the_same_when_recipe_overrides_and_files_are(here: Path
 
 def test_overrides_reach_the_head_as_they_were_typed(here: Path) -> None:
     override = "grid={seed: [7]}; rm -rf ~"
-    words = shlex.split(Parcel("mine", "", (override,), ()).command)
+    words = shlex.split(Parcel("mine", "", (override,), (), ()).command)
     assert words == ["emsweep", "run", "recipe.yaml", "--address", "auto", "--set", override]
 
 
