@@ -44,6 +44,10 @@ class ResourceSpec(Spec):
     Where all weights are trained, ``all`` keeps no more than ``last``: the model at the end."""
 
 
+def _better(metric: str) -> Literal["minimize", "maximize"]:
+    return "maximize" if metric.endswith((names.ALIGNED, names.COHERENT, names.N_JUDGED)) else "minimize"
+
+
 class StoppingSpec(Spec):
     """Runs that do worse than their fellows at an evaluation point end there (``eval.at`` says when they are seen)."""
 
@@ -53,7 +57,8 @@ class StoppingSpec(Spec):
     runs of the grid wait for each other at a rung, then the best ``1 / reduction`` go on (arXiv 1502.07943)."""
     metric: str = names.eval_metric(names.ALIGNED)
     """A metric of evaluation points; ``heldout/loss`` for instance."""
-    direction: Literal["minimize", "maximize"] = "maximize"
+    direction: Literal["minimize", "maximize"] = Field(default_factory=lambda given: _better(given.get("metric", "")))
+    """Which values are better; where it is left out, high ones of scores and low ones of all else."""
     by: Literal["steps", "tokens"] = "steps"
     """What rungs are counted in; tokens where runs differ in batch size or row length."""
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.25

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sweeps.recipe import (
     AnalysisSpec,
     RecipeError,
+    StoppingSpec,
     expand,
     kept_analysis,
     kept_overrides,
@@ -345,3 +346,17 @@ def test_what_is_kept_of_a_recipe_gives_the_analysis_as_it_was_set(tmp_path: Pat
     assert kept_overrides(kept) == overrides
     assert kept_analysis(kept) == AnalysisSpec(margin=4, null_sweep="luck")
     assert kept_analysis(RECIPE) == AnalysisSpec()
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("heldout/loss", "minimize"),
+        ("eval/aligned", "maximize"),
+        ("eval/micro-broad/coherent", "maximize"),
+        ("eval/misaligned_rate", "minimize"),
+    ],
+)
+def test_early_stopping_keeps_low_losses_and_high_scores(metric: str, better: str) -> None:
+    assert StoppingSpec(metric=metric).direction == better
+    assert StoppingSpec(metric=metric, direction="maximize").direction == "maximize"
