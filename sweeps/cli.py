@@ -303,6 +303,7 @@ def status(sweep: SweepArgument, uri: UriOption = None, as_json: JsonOption = Fa
             "heldout_loss": found.data.metrics.get(names.HELDOUT_LOSS),
             "aligned": found.data.metrics.get(names.eval_metric(names.ALIGNED)),
             "failure": found.data.tags.get(names.FAILURE) if found.info.status == "FAILED" else None,
+            "stopped_early_by": found.data.tags.get(names.STOPPED) if found.info.status == "KILLED" else None,
         }
         for run_key, found in runs.items()
     ]
@@ -581,6 +582,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
     setting.judges(recipe.eval.judges)  # a judge without its key stops here, before anything is written
     if recipe.analysis.null_sweep is not None:
         SweepLog.find(recipe.analysis.null_sweep, uri=uri)  # likewise a null sweep that is not there
+    for former in recipe.search.warm_start if recipe.search else ():
+        SweepLog.find(former, uri=uri)
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
         sweep.write_text(names.RECIPE, text)

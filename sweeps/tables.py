@@ -115,7 +115,8 @@ def status(sweep: str, counts: Mapping[str, int], rows: Sequence[Mapping[str, An
     for column in ("status", "held-out loss", "aligned"):
         table.add_column(column, justify="right")
     for row in rows:
-        cells = (row["status"].lower(), _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
+        ended = "stopped early" if row["stopped_early_by"] else row["status"].lower()
+        cells = (ended, _number(row["heldout_loss"], 3), _number(row["aligned"], 1))
         table.add_row(literal(str(row["run"])), *cells)
     yield table
     for row in rows:

@@ -90,6 +90,15 @@ MISTAKES = {
     "unreachable MLflow": (["--set", "tracking.uri=http://127.0.0.1:9"], "no MLflow store answers at http://127.0.0.1"),
     "unreachable Ray": (["--address", "127.0.0.1:9"], "--address 127.0.0.1:9: nobody answers there"),
     "no such null sweep": (["--set", "analysis.null_sweep=luck"], "there is no sweep 'luck'"),
+    "no such sweep to begin with": (
+        [
+            "--set",
+            "search={trials: 1, objectives: {heldout/loss: minimize}, warm_start: [luck], "
+            "space: {optimizer.learning_rate: {low: 0.001, high: 0.002}}}",
+        ],
+        "there is no sweep 'luck'",
+    ),
+    "model that is not there": (["--set", "base.model=/no/model"], "model /no/model: there is no such directory"),
     "warm-up too long": (["--set", "base.schedule.warmup_steps=10"], "warmup_steps is 10 but the run has 10 steps"),
 }
 
@@ -206,6 +215,22 @@ def test_a_sweep_is_not_run_twice_at_the_same_time(emsweep: Emsweep) -> None:
     with alone("tiny"):
         refused(emsweep("run", "tiny.yaml"), "another emsweep is running the sweep 'tiny'")
     assert emsweep("status", "tiny", "--json").stdout.count("run_key") == 0
+
+
+def test_what_was_stopped_early_is_told_from_what_was_interrupted(emsweep: Emsweep, home: Path) -> None:
+    log = SweepLog.open(
+        "mine", uri=f"sqlite:///{home}/emsweep-data/mlflow.db", artifacts=home / "emsweep-data/artifacts"
+    )
+    first, second = (log.plan(key, name=key, params={}, tags={}) for key in ("worse", "cut-off"))
+    log.stop_early(first, "asha")
+    log.set_status(second, "KILLED")
+    shown = emsweep("status", "mine").stdout
+    assert re.search(r"worse\W+stopped early", shown)
+    assert re.search(r"cut-off\W+killed", shown)
+    told = {
+        row["run"]: row["stopped_early_by"] for row in json.loads(emsweep("status", "mine", "--json").stdout)["runs"]
+    }
+    assert told == {"worse": "asha", "cut-off": None}
 
 
 @pytest.mark.parametrize("command", [["status"], ["report"]])
