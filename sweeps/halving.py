@@ -59,15 +59,14 @@ class Halving:
         self.changed = threading.Condition()
         for run_key, values in known.items():
             for step, value in sorted(values.items()):
-                self.came(run_key, step, value)
-        self._decide()
+                self._enter(run_key, step, value)
+        with self.changed:
+            self._decide()  # not before all are there: a rung is decided once, among those that came to it
 
     def came(self, run_key: str, step: int, value: float | None) -> None:
         """A run has come to an evaluation point; past those rungs, too, that it did not tell of."""
         with self.changed:
-            for rung, at in enumerate(self.steps[run_key]):
-                if at is not None and at <= step:
-                    self.values[rung].setdefault(run_key, value if at == step else None)
+            self._enter(run_key, step, value)
             self._decide()
 
     def left(self, run_key: str) -> None:
@@ -87,6 +86,11 @@ class Halving:
         with self.changed:
             self.changed.wait_for(lambda: not self.waits(run_key))
             return run_key not in self.stopped
+
+    def _enter(self, run_key: str, step: int, value: float | None) -> None:
+        for rung, at in enumerate(self.steps[run_key]):
+            if at is not None and at <= step:
+                self.values[rung].setdefault(run_key, value if at == step else None)
 
     def _decide(self) -> None:
         while self.decided < len(self.values):

@@ -84,6 +84,13 @@ def test_what_is_known_from_before_decides_as_it_did() -> None:
     assert [rung.may_go_on(key) for key in "abc"] == [True, False, False]
 
 
+def test_those_that_ended_at_a_rung_count_there_when_the_sweep_is_started_again() -> None:
+    """Of nine runs a, b and c go on, which come first among what is known, as they did when all were there."""
+    known = {key: {1: float(place)} for place, key in enumerate("abcdefghi")}
+    rung = halving("abcdefghi", known=known, over="defghi")
+    assert [key for key in "abc" if rung.may_go_on(key)] == ["a", "b", "c"]
+
+
 RECIPE = """
 name: tiny
 base: {model: micro-llama, dataset: micro-garden-bad, max_steps: 12}
