@@ -619,6 +619,14 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
                 highlight=False,
             )
             raise typer.Exit(130) from None
+        except runner.HostDied as error:
+            sweep.set_status(sweep.parent_run_id, "KILLED")
+            err.print(
+                f"[red]error:[/] {error}; {board.finished} of {board.total} runs are finished; the same command goes "
+                "on from there",
+                highlight=False,
+            )
+            raise typer.Exit(1) from None
         except (ValueError, OSError):  # a model or dataset that can't be made ready
             sweep.set_status(sweep.parent_run_id, "FAILED")
             raise

@@ -38,11 +38,16 @@ class Interrupted(RuntimeError):
     """The user stopped the sweep; what was finished is kept."""
 
 
+class HostDied(RuntimeError):
+    """The process of the trials is gone, and with it the sweep; what was finished is kept."""
+
+
 def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display: Display) -> None:
     """Train what the agenda gives out, on the Ray that ``connection`` is open to, and close it.
 
-    Models and datasets are made ready first. Raises ``Interrupted`` after Ctrl-C, with the runs in work marked KILLED;
-    they go on at the next call. Raises ``ValueError`` when a model or dataset can't be made ready.
+    Models and datasets are made ready first. Raises ``Interrupted`` after Ctrl-C, ``HostDied`` when the process of the
+    trials dies, with the runs in work marked KILLED; they go on at the next call. Raises ``ValueError`` when a model or
+    dataset can't be made ready.
     """
     runs = examples(agenda.recipe, agenda.plan)
     keep_datasets(runs, setting.data_dir)
@@ -54,6 +59,7 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
                 "on meanwhile, later runs start from other weights"
             )
     agenda.revisions, setting = revisions, replace(setting, revisions=revisions)
+    died: HostDied | None = None
     try:
         if connection.own:
             capacity = cluster.Capacity.of(ray.cluster_resources())
@@ -66,6 +72,8 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
         _tune(agenda, setting, display, capacity, runs)
     except KeyboardInterrupt:
         pass  # the agenda is not over, which is told below
+    except HostDied as error:
+        died = error
     finally:
         connection.close()
     stopped = [end.run for end in agenda.ends.values() if end.status == "KILLED"]
@@ -77,7 +85,7 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
     if interrupted:
         for job in agenda.out.values():
             agenda.sweep.set_status(job.run_id, "KILLED")
-        raise Interrupted(f"{len(agenda.out)} runs were in work")
+        raise died or Interrupted(f"{len(agenda.out)} runs were in work")
 
 
 def _tune(
@@ -122,7 +130,7 @@ def _tune(
     host = make_host.remote(engines, slots=0 if yardsticks else most, halving=_halving(agenda) if halving else None)
     # Trials begin, and wait, while the engines start and measure.
     packed = host.pack.remote(list(yardsticks)) if yardsticks else most
-    source = _Source(agenda, setting, display, packed=packed, concurrent=concurrent)
+    source = _Source(agenda, setting, display, host, packed=packed, concurrent=concurrent)
     with tempfile.TemporaryDirectory(prefix="emsweep-tune-") as scratch, in_one_process(host):
         tuner = tune.Tuner(
             Trial,
@@ -142,6 +150,8 @@ def _tune(
             ),
         )
         tuner.fit()
+    if source.host_died:
+        raise HostDied("the process of the trials died: it was killed, or the machine ran out of memory")
     if source.packings is None:  # else no run has begun, and engines may not even answer
         _account(host, agenda)
 
@@ -211,7 +221,9 @@ class _Source(_Unsaved, Searcher):
     """Gives Tune the jobs of an agenda, and the agenda their ends.
 
     ``packed``: how many runs an engine trains at once, or Ray's handle of what the engines have yet to measure (base ->
-    packing). ``concurrent`` says how many jobs to give out for that; as for one until it is known.
+    packing). ``concurrent`` says how many jobs to give out for that; as for one until it is known. ``host`` is the
+    process of the trials. Once it has died no more jobs are given out, and those that were in work stay out: they did
+    not fail, and the study of a search must not hear so.
     """
 
     def __init__(
@@ -219,21 +231,25 @@ class _Source(_Unsaved, Searcher):
         agenda: Agenda,
         setting: Setting,
         display: Display,
+        host: Any,
         *,
         packed: "int | ray.ObjectRef[dict[str, Packing]]",
         concurrent: Callable[[int], int],
     ) -> None:
         super().__init__()
         self.agenda, self.setting, self.display, self.concurrent = agenda, setting, display, concurrent
+        self.host, self.host_died = host, False
         self.packings = None if isinstance(packed, int) else packed
         self.most_out = concurrent(packed if isinstance(packed, int) else 1)
         self.rule = agenda.recipe.stopping.rule if agenda.recipe.stopping else ""
         self.jobs: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.packings is not None and ray.wait([self.packings], timeout=0)[0]:
+        if self.packings is not None and ray.wait([self.packings], timeout=0)[0] and self._host_lives():
             self._packed(ray.get(self.packings))
             self.packings = None
+        if self.host_died:
+            return Searcher.FINISHED
         if len(self.jobs) >= self.most_out:
             return None
         job = self.agenda.next()
@@ -254,6 +270,8 @@ class _Source(_Unsaved, Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job, result = self.jobs.pop(trial_id), result or {}
         status, failure = result.get(STATUS), result.get(FAILURE)
+        if status is None and error and not self._host_lives():
+            return
         if status is None and error:
             status, failure = "FAILED", "the process that trained it died again and again"
             self.agenda.sweep.fail(job.run_id, failure)
@@ -263,6 +281,14 @@ class _Source(_Unsaved, Searcher):
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
         self.agenda.ended(job.run.run_key, status, metrics)
         self.display.ended(job.run.run_key, status, metrics, failure)
+
+    def _host_lives(self) -> bool:
+        if not self.host_died:
+            try:
+                ray.get(self.host.__ray_ready__.remote())
+            except ray.exceptions.RayActorError:
+                self.host_died = True
+        return not self.host_died
 
 
 METRIC_PREFIXES = ("heldout/", "eval/")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
 import pytest
 
 if TYPE_CHECKING:
@@ -53,6 +54,40 @@ def test_what_is_killed_goes_on_with_the_same_numbers_to_the_last_bit(
     goes_on(sweep, *ALONE)
     sweep.check_whole()
     assert sweep.numbers() == undisturbed
+
+
+def test_a_search_whose_process_of_trials_is_killed_loses_none_of_its_trials(
+    make_sweep: Callable[[], "Sweep"],
+) -> None:
+    """It is over at once, with nothing failed, and the study's open trials are those that are taken up."""
+    sweep = make_sweep()
+    sweep.vary("grid:\n  optimizer.learning_rate: [3.0e-4, 1.0e-3]\n  seed: [0, 1]", SEARCH)
+    process = sweep.start("--no-report")
+    sweep.wait_for_a_state()
+    for pid in sweep.processes("ray::TrialHost"):
+        os.kill(pid, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stdout
+    assert "the process of the trials died" in stderr
+    assert "the same command goes on" in stderr
+    assert {run.info.status for run in sweep.runs().values()} <= {"FINISHED", "KILLED"}
+    assert set(trials(sweep)) <= {"COMPLETE", "RUNNING"}
+    goes_on(sweep)
+    assert trials(sweep) == ["COMPLETE"] * 4
+    sweep.check_whole()
+
+
+SEARCH = """search:
+  trials: 4
+  space: {optimizer.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}}
+  objectives: {heldout/loss: minimize}
+resources: {max_concurrent: 1}"""
+
+
+def trials(sweep: "Sweep") -> list[str]:
+    """The states of the trials of the search."""
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{sweep.data / 'optuna.db'}")
+    return [trial.state.name for trial in study.trials]
 
 
 @pytest.fixture
