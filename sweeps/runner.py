@@ -83,8 +83,13 @@ def execute(agenda: Agenda, setting: Setting, *, connection: Connection, display
     for run in stopped:
         setting.clear(run)  # of a state that was still being written when the run was stopped
     if interrupted:
-        for job in agenda.out.values():
-            agenda.sweep.set_status(job.run_id, "KILLED")
+        recorded = agenda.sweep.runs()
+        for run_key, job in agenda.out.items():
+            run = recorded[run_key]
+            if run.info.status in ("FINISHED", "FAILED"):  # before its engine was gone
+                display.ended(run_key, run.info.status, run.data.metrics, run.data.tags.get(names.FAILURE))
+            else:
+                agenda.sweep.set_status(job.run_id, "KILLED")
         raise died or Interrupted(f"{len(agenda.out)} runs were in work")
 
 
