@@ -341,6 +341,8 @@ class RunLog:
         self._sent_at = time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._writes: list[Future[Any]] = []
+        self._gap: Exception | None = None
+        """Why a batch of metrics could not be stored. None is stored after it."""
         self._logged = self._last_steps()
         # Steps come from the training thread, evaluations from those that judge.
         self._lock = threading.Lock()
@@ -362,12 +364,23 @@ class RunLog:
     def _send(self) -> None:
         for start in range(0, len(self._pending), BATCH):
             batch = self._pending[start : start + BATCH]
-            self._writes.append(self._writer.submit(self._log_batch, metrics=batch))
+            self._writes.append(self._writer.submit(self._write, batch))
         self._pending = []
         self._sent_at = time.monotonic()
 
+    def _write(self, batch: list[Metric]) -> None:
+        # The next attempt goes on after the last step that is stored, and would never fill a gap before it.
+        if self._gap is not None:
+            raise self._gap
+        try:
+            self._log_batch(metrics=batch)
+        except Exception as error:
+            self._gap = error
+            raise
+
     def flush(self) -> None:
-        """Wait until everything queued is stored. Raises what went wrong on the way."""
+        """Wait until everything queued is stored. Raises what went wrong on the way; nothing queued later is stored
+        then."""
         with self._lock:
             self._send()
             writes, self._writes = self._writes, []
@@ -416,8 +429,15 @@ class RunLog:
         return {key: value for key, value in values.items() if self._logged.get(key) == step}
 
     def finish(self, status: Status, *, failure: str | None = None) -> None:
-        """Store what is queued, then set the final status; ``failure`` says in a line why a run failed."""
-        self.flush()
+        """Store what is queued, then set the final status; ``failure`` says in a line why a run failed.
+
+        Metrics of a FAILED run that can't be stored are left to its next attempt; of any other that is raised.
+        """
+        try:
+            self.flush()
+        except Exception:
+            if status != "FAILED":
+                raise
         if failure is not None:
             self.tags({names.FAILURE: failure[:PARAM_LIMIT]})
         self._store.set_terminated(self.run_id, status)

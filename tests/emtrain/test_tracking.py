@@ -292,6 +292,38 @@ def test_a_write_that_failed_in_the_background_is_not_lost_silently(
     assert stored(sweep, log.run_id).info.status == "SCHEDULED"  # not marked as finished
 
 
+def test_a_run_whose_metrics_could_not_be_stored_leaves_no_gap_to_its_next_attempt(
+    sweep: SweepLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch with steps 1 and 2 is lost; were that with 3 and 4 stored, the next attempt would log neither."""
+    run_id = enter(sweep)
+    monkeypatch.setattr(tracking, "BATCH", 2)
+    log = RunLog(sweep.uri, run_id)
+    log_batch, calls = log._store.log_batch, Counter[str]()
+
+    def fails_once(run_id: str, **content: object) -> None:
+        calls["made"] += 1
+        if calls["made"] == 1:
+            raise ConnectionError("the server went away")
+        log_batch(run_id, **content)
+
+    monkeypatch.setattr(log._store, "log_batch", fails_once)
+    for step in range(1, 5):
+        log.metrics({names.TRAIN_LOSS: step / 2}, step=step)
+    with pytest.raises(ConnectionError, match="went away"):
+        log.flush()
+    log.metrics({names.TRAIN_LOSS: 2.5}, step=5)
+    log.finish("FAILED", failure="the server went away")
+    assert stored(sweep, run_id).info.status == "FAILED"
+    assert points(sweep, run_id, names.TRAIN_LOSS) == []
+
+    again = RunLog(sweep.uri, run_id)
+    for step in range(1, 6):
+        again.metrics({names.TRAIN_LOSS: step / 2}, step=step)
+    again.finish("FINISHED")
+    assert points(sweep, run_id, names.TRAIN_LOSS) == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0), (5, 2.5)]
+
+
 def test_artifacts_come_back(sweep: SweepLog, tmp_path: Path) -> None:
     log = RunLog(sweep.uri, enter(sweep))
     adapter = tmp_path / "made" / "adapter"
