@@ -153,7 +153,7 @@ class Agenda:
         pin = {} if revision is None else {names.MODEL_REVISION: revision}
         tags = {**self.environment, **run.tags, **pin, names.ROLE: role}
         run_id = self.sweep.plan(run.run_key, name=run.name, params=run.params, tags=tags, entered=known)
-        self.out[run.run_key] = job = Job(run, run_id)
+        self.out[run.run_key] = job = Job(run, run_id, role)
         yield job
 
     def _record(self, end: Ended) -> None:

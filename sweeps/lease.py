@@ -13,6 +13,8 @@ class Job:
 
     run: PlannedRun
     run_id: str
+    role: str = "grid"
+    """Why it is in its sweep (``names.ROLE``)."""
 
     @property
     def base(self) -> tuple[str, str]:

@@ -192,7 +192,9 @@ MOST_PACKED = 32
 def _scheduler(agenda: Agenda, rule: StoppingSpec, samples: Sequence[PlannedRun]) -> TrialScheduler:
     """The scheduler of the recipe's rule, with what is known of runs that ran before."""
     known = fellows(agenda.known, {run.run_key for run in agenda.plan.runs})
-    return scheduler(rule, samples, reports_before(rule, known, agenda.sweep))
+    search = agenda.recipe.search
+    baseline = search is not None and any(bound.of_baseline for bound in search.constraints.values())
+    return scheduler(rule, samples, reports_before(rule, known, agenda.sweep), whole={"grid"} if baseline else ())
 
 
 def _halving(agenda: Agenda) -> Callable[[], Halving]:

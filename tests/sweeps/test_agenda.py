@@ -187,7 +187,7 @@ def test_a_run_that_was_stopped_early_is_over(store: Store, studies: Studies) ->
 def test_the_search_comes_after_the_grid_with_every_trial_on_every_seed(store: Store, studies: Studies) -> None:
     driver = Driver(store, studies, search=SEARCH)
     jobs = driver.run()
-    assert driver.roles == ["grid"] * 4 + ["search"] * 6
+    assert driver.roles == [job.role for job in jobs] == ["grid"] * 4 + ["search"] * 6
     points = [job.run.spec.optimizer.learning_rate for job in jobs[4:]]
     assert points[::2] == points[1::2]
     assert [job.run.spec.seed for job in jobs[4:]] == [0, 1] * 3

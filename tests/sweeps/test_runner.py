@@ -54,3 +54,27 @@ def test_a_run_that_ends_between_ctrl_c_and_the_end_of_ray_keeps_its_status(
         runner.execute(agenda, Setting(sweep.uri, tmp_path, "study"), connection=connection, display=display)
     assert [sweep.runs()[key].info.status for key in agenda.out] == ["FINISHED", "FAILED", "KILLED"]
     assert shown == [("FINISHED", 1.5, None), ("FAILED", None, "no more memory")]
+
+
+@pytest.mark.parametrize(("at_least", "stopped"), [("baseline", False), (50, True)])
+def test_a_grid_that_a_constraint_is_measured_by_is_not_stopped_early(
+    at_least: str | int, stopped: bool, tmp_path: Path
+) -> None:
+    search = {
+        "trials": 1,
+        "space": {"optimizer.learning_rate": {"low": 1e-5, "high": 1e-2}},
+        "objectives": {names.HELDOUT_LOSS: "minimize"},
+        "constraints": {names.eval_metric(names.ALIGNED): {"at_least": at_least}},
+    }
+    stopping = {"rule": "asha", "metric": names.HELDOUT_LOSS, "direction": "minimize", "grace": 0.25}
+    recipe = load_recipe(yaml.safe_dump({**RECIPE, "search": search, "stopping": stopping}), source="r")
+    assert recipe.stopping is not None
+    sweep = SweepLog.open("study", uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=tmp_path)
+    agenda = Agenda(recipe, plan_sweep(recipe), sweep, None)
+    rule = runner._scheduler(agenda, recipe.stopping, agenda.plan.runs)
+    answers = []
+    for loss in (1.0, 2.0):
+        trial = SimpleNamespace(trial_id=f"{loss}", config={"job": agenda.next()})
+        rule.on_trial_add(None, trial)
+        answers.append(rule.on_trial_result(None, trial, {names.HELDOUT_LOSS: loss, "steps": 5}))
+    assert answers == ["CONTINUE", "STOP" if stopped else "CONTINUE"]

@@ -3,7 +3,7 @@ beforehand: some learn, some can't."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,16 +49,16 @@ def load(*changes: str) -> Recipe:
 class Sight:
     """A rule of the recipe above, changed at some keys, to which runs can be shown by name."""
 
-    def __init__(self, *changes: str, before: Reports | None = None) -> None:
+    def __init__(self, *changes: str, before: Reports | None = None, whole: Collection[str] = ()) -> None:
         recipe = load(*changes)
         assert recipe.stopping is not None
-        self.rule = scheduler(recipe.stopping, examples(recipe, plan_sweep(recipe)), before or {})
+        self.rule = scheduler(recipe.stopping, examples(recipe, plan_sweep(recipe)), before or {}, whole=whole)
         self.trials: dict[str, Any] = {}
 
-    def shows(self, name: str, *, loss: float, **at: int) -> bool:
+    def shows(self, name: str, *, loss: float, role: str = "search", **at: int) -> bool:
         """Whether the run goes on from there."""
         if name not in self.trials:
-            job = SimpleNamespace(run=SimpleNamespace(run_key=name))
+            job = SimpleNamespace(run=SimpleNamespace(run_key=name), role=role)
             self.trials[name] = SimpleNamespace(trial_id=f"drawn by Tune {len(self.trials)}", config={"job": job})
             self.rule.on_trial_add(None, self.trials[name])
         answer = self.rule.on_trial_result(None, self.trials[name], {"heldout/loss": loss, **at})
@@ -155,11 +155,35 @@ def test_without_what_was_told_before_a_bad_run_would_go_on() -> None:
         assert not Sight(f"stopping.rule={rule}", before=told).shows("d", loss=2.0, steps=3)
 
 
+@pytest.mark.parametrize("rule", ["asha", "median"])
+def test_a_run_that_confirms_a_winner_is_never_stopped_and_stops_no_other(rule: str) -> None:
+    told = {name: [{"heldout/loss": 1.0, "steps": 3}] for name in "abc"}
+    sight = Sight(f"stopping.rule={rule}", before=told)
+    for name, loss in [("d", 9.0), ("e", 0.1), ("f", 0.1), ("g", 0.1), ("h", 0.1)]:
+        assert sight.shows(name, loss=loss, steps=3, role="confirm")
+        assert sight.shows(name, loss=loss, steps=6, role="confirm")
+        sight.ends(name)
+    assert sight.shows("i", loss=1.0, steps=3)
+    assert not sight.shows("j", loss=1.1, steps=3)
+
+
+@pytest.mark.parametrize("rule", ["asha", "median"])
+def test_a_grid_that_is_a_baseline_is_trained_to_its_end_and_the_search_is_held_against_it(rule: str) -> None:
+    """Also a run of it that nothing could be judged of."""
+    sight = Sight(f"stopping.rule={rule}", whole={"grid"})
+    for name, loss in [("a", 1.0), ("b", 2.0), ("c", 3.0)]:
+        for steps in (3, 6):
+            assert sight.shows(name, loss=loss, steps=steps, role="grid")
+    assert sight.rule.on_trial_result(None, sight.trials["a"], {"steps": 9}) == TrialScheduler.CONTINUE
+    assert sight.shows("d", loss=1.0, steps=3)
+    assert not sight.shows("e", loss=3.1, steps=3)
+
+
 def test_what_was_told_before_is_read_from_mlflow(tmp_path: Path) -> None:
     """Neither the base's loss nor that of the end; nothing of a run that has not come to a point, nor of one of a grid
-    that the recipe has no more."""
+    that the recipe has no more, nor of one that was asked to confirm a winner."""
     sweep = SweepLog.open("study", uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=tmp_path)
-    for name, role in (("a", "grid"), ("b", "search"), ("new", "grid"), ("gone", "grid")):
+    for name, role in (("a", "grid"), ("b", "search"), ("new", "grid"), ("gone", "grid"), ("won", "confirm")):
         run_id = sweep.plan(name, name=name, params={"total_steps": STEPS}, tags={names.ROLE: role})
         log = RunLog(sweep.uri, run_id)
         log.metrics({names.HELDOUT_LOSS: 9.0}, step=0)
