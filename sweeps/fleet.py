@@ -24,9 +24,10 @@ class Fleet:
     ``slots`` 0: that is not known yet, and nothing is leased before ``open`` tells.
 
     Only an engine that answers gets runs: one that waits for a machine, or for a new one after the loss of its own,
-    gets its first when it is there. The others have as many as they can train; twice as many, so that some train while
-    others are being judged, once no engine is awaited that might train those. When an engine runs out of runs, the
-    others give up what waits there for a slot. Trials ask from threads of their own.
+    gets its first when it is there, and one that was away when it has dropped what others took over. The others have as
+    many as they can train; twice as many, so that some train while others are being judged, once no engine is awaited
+    that might train those. When an engine runs out of runs, the others give up what waits there for a slot. Trials ask
+    from threads of their own.
     """
 
     def __init__(self, engines: Mapping[str, Any], *, slots: int) -> None:
@@ -35,8 +36,10 @@ class Fleet:
         self.leases: dict[str, tuple[str, Job]] = {}
         """Run key -> engine and job."""
         now = time.monotonic()
+        self.orphans: dict[str, set[str]] = {}
+        """Engines that did not answer any more -> keys of the runs that they had. One may be alive, and train them."""
         self.calls = {engine: (self._call(engine), now) for engine in engines}
-        """Engines that have not answered yet -> a call to them, and since when they are awaited."""
+        """Engines that have not answered yet -> calls to them, and since when they are awaited."""
         self.lacking: set[tuple[str, tuple[str, str]]] = set()
         """Engines, and the bases that can't be had where they are."""
         self.asked: list[Any] = []
@@ -46,24 +49,16 @@ class Fleet:
         """Begin to lease out the engines; those that do not answer yet are awaited from now on."""
         with self.lock:
             self.slots, now = slots, time.monotonic()
-            self.calls = {engine: (call, now) for engine, (call, _) in self.calls.items()}
+            self.calls = {engine: (calls, now) for engine, (calls, _) in self.calls.items()}
 
-    def lease(
-        self, job: Job, *, held: str | None = None, died: str | None = None, given_up: bool = False
-    ) -> tuple[str, Any] | None:
+    def lease(self, job: Job, *, held: str | None = None) -> tuple[str, Any] | None:
         """Name and handle of the engine that is to train ``job``: the one that does already; else one with its base
         where there is a choice, and the fewest runs.
 
         None while no engine has room. ``held`` is the engine that still has the run in memory, which is preferred
-        unless another one has two runs less; ``died`` one that had the job before and does not answer; ``given_up``
-        says that its engine has given it up. One that lacks the base gets it only where all do.
+        unless another one has two runs less. One that lacks the base gets it only where all do.
         """
         with self.lock:
-            if died is not None:
-                self.calls[died] = self._call(died), time.monotonic()
-                self.lacking = {(engine, base) for engine, base in self.lacking if engine != died}
-            if died is not None or given_up:
-                self.leases.pop(job.run.run_key, None)
             if job.run.run_key not in self.leases:
                 answering = [engine for engine in self._able(job) or self.engines if self._answers(engine)]
                 room = self.slots if self._awaits() else 2 * self.slots
@@ -74,6 +69,15 @@ class Fleet:
             chosen, _ = self.leases[job.run.run_key]
             self._even_out()
             return chosen, self.engines[chosen]
+
+    def returned(self, job: Job, *, died: bool = False) -> None:
+        """The engine of ``job`` trains it no further: it has given it up, or does not answer any more (``died``)."""
+        with self.lock:
+            engine, _ = self.leases.pop(job.run.run_key)
+            if died:
+                self.orphans.setdefault(engine, set()).add(job.run.run_key)
+                self.calls[engine] = self._call(engine), time.monotonic()
+                self.lacking = {(other, base) for other, base in self.lacking if other != engine}
 
     def lacks(self, engine: str, job: Job) -> bool:
         """The base of ``job`` can't be had where ``engine`` is; returns whether another one may have it."""
@@ -102,21 +106,23 @@ class Fleet:
     def _awaited(self, engine: str) -> bool:
         return engine in self.calls and time.monotonic() - self.calls[engine][1] < AWAITED_SECONDS
 
-    def _call(self, engine: str) -> Any:
-        return self.engines[engine].__ray_ready__.remote()
+    def _call(self, engine: str) -> list[Any]:
+        handle = self.engines[engine]
+        return [handle.__ray_ready__.remote(), *map(handle.drop.remote, self.orphans.get(engine, ()))]
 
     def _answers(self, engine: str) -> bool:
         if engine not in self.calls:
             return True
-        call, since = self.calls[engine]
-        if not ray.wait([call], timeout=0)[0]:
+        calls, since = self.calls[engine]
+        if ray.wait(calls, num_returns=len(calls), timeout=0)[1]:
             return False
         try:
-            ray.get(call)
-        except RayError:  # the call came while it died
+            ray.get(calls)
+        except RayError:  # they came while it died
             self.calls[engine] = self._call(engine), since
             return False
         del self.calls[engine]
+        self.orphans.pop(engine, None)
         return True
 
     def worked(self) -> list[dict[str, Work]]:

@@ -100,8 +100,8 @@ class Trial(tune.Trainable):
             self.leased[1].drop.remote(self.job.run.run_key)
 
     def _report(self) -> Report:
-        name, engine = self._lease()
         while True:
+            name, engine = self._lease()
             try:
                 report: Report | None = ray.get(engine.advance.remote(self.job))
             except ray.exceptions.RayActorError as error:
@@ -109,25 +109,29 @@ class Trial(tune.Trainable):
                 if self.deaths > ENGINE_DEATHS:
                     raise RuntimeError(f"the engine process died {self.deaths} times under this run") from error
                 # Another engine takes the run up from its newest state.
-                name, engine = self._lease(died=name)
+                self._return(died=True)
                 continue
             if report is not None:
                 ending = report.ending
                 if ending is None or not ending.elsewhere or not self.fleet.lacks(name, self.job):
                     return report
                 self.lack = ending.failure
-            name, engine = self._lease(given_up=True)
+            self._return()
 
-    def _lease(self, *, died: str | None = None, given_up: bool = False) -> tuple[str, Any]:
+    def _lease(self) -> tuple[str, Any]:
         """Name and handle of the engine that is to train the run; waits for one with room."""
-        held = self.leased if died is None and not given_up else None
-        while (leased := self.fleet.lease(self.job, held=held and held[0], died=died, given_up=given_up)) is None:
-            died, given_up = None, False  # told once
+        held = self.leased
+        while (leased := self.fleet.lease(self.job, held=held and held[0])) is None:
             time.sleep(ASK_AGAIN_SECONDS)
         if held is not None and held[0] != leased[0]:
             held[1].drop.remote(self.job.run.run_key)  # the other one takes the run up from its newest state
         self.leased = leased
         return leased
+
+    def _return(self, *, died: bool = False) -> None:
+        """Give the engine that was leased back, which trains the run no further."""
+        self.fleet.returned(self.job, died=died)
+        self.leased = None
 
 
 class TrialHost:

@@ -28,10 +28,16 @@ class Engine:
     """The runs that it was asked to give up, and how many of them at most."""
     answer: Call = field(default_factory=lambda: Call("answered"))
     """To each such call."""
+    dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.__dict__["__ray_ready__"] = SimpleNamespace(remote=self._call)
         self.give_up = SimpleNamespace(remote=self._give_up)
+        self.drop = SimpleNamespace(remote=self._drop)
+
+    def _drop(self, run_key: str) -> Call:
+        self.dropped.append(run_key)
+        return self._call()
 
     def _give_up(self, run_keys: list[str], *, most: int) -> Call:
         self.asked.append((run_keys, most))
@@ -43,7 +49,8 @@ class Engine:
 
     def comes_up(self) -> None:
         self.lives = True
-        self.calls[-1].state = "answered"
+        for call in self.calls:
+            call.state = "answered"
 
 
 @dataclass
@@ -61,8 +68,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def wait(calls: list[Call], timeout: float, num_returns: int = 1) -> tuple[list[Call], list[Call]]:
         return [c for c in calls if c.state != "waiting"], [c for c in calls if c.state == "waiting"]
 
-    def get(call: Call) -> None:
-        if call.state == "failed":
+    def get(calls: list[Call]) -> None:
+        if any(call.state == "failed" for call in calls):
             raise RayActorError
 
     monkeypatch.setattr(module, "ray", SimpleNamespace(wait=wait, get=get))
@@ -78,6 +85,12 @@ def job(key: str, base: str = "a model") -> Any:
 def leased(fleet: Fleet, key: str, base: str = "a model", **more: Any) -> str | None:
     lease = fleet.lease(job(key, base), **more)
     return None if lease is None else lease[0]
+
+
+def leased_again(fleet: Fleet, key: str, *, died: bool = False) -> str | None:
+    """After its engine has given it up, or died."""
+    fleet.returned(job(key), died=died)
+    return leased(fleet, key)
 
 
 def test_runs_go_to_the_engine_with_the_fewest() -> None:
@@ -149,10 +162,10 @@ def test_an_engine_that_runs_out_of_runs_gets_half_of_what_another_one_has_more(
     assert not first.asked, "the second one has a run for each of its slots"
     fleet.release("f")
     assert first.asked == [(["a", "c", "e", "g"], 1)]
-    assert leased(fleet, "g", given_up=True) == "second"
+    assert leased_again(fleet, "g") == "second"
     fleet.release("h")
     assert first.asked[1:] == [(["a", "c", "e"], 1)]
-    assert leased(fleet, "e", given_up=True) == "second"
+    assert leased_again(fleet, "e") == "second"
     fleet.release("c")
     fleet.release("g")
     assert len(first.asked) == 2, "each has one"
@@ -167,7 +180,7 @@ def test_an_engine_is_asked_again_when_it_has_answered_and_not_before() -> None:
     for key in "bdfh":
         fleet.release(key)
     assert first.asked == [(["a", "c", "e", "g"], 1)]
-    assert leased(fleet, "g", given_up=True) == "second"
+    assert leased_again(fleet, "g") == "second"
     assert len(first.asked) == 1
     first.answer.state = "answered"
     assert leased(fleet, "a") == "first"
@@ -202,10 +215,31 @@ def test_the_runs_of_an_engine_that_died_go_to_another_while_ray_starts_it_anew(
     fleet = Fleet({"lost": lost, "left": Engine()}, slots=4)
     assert leased(fleet, "a") == "lost"
     lost.lives = False
-    assert leased(fleet, "a", died="lost") == "left"
+    assert leased_again(fleet, "a", died=True) == "left"
     assert leased(fleet, "b") == "left"
     lost.comes_up()
     assert leased(fleet, "c") == "lost"
+
+
+def test_an_engine_that_was_away_drops_what_another_took_over_before_it_gets_runs_again() -> None:
+    """It may have been alive all the time, and told so for one run after the other."""
+    away = Engine()
+    fleet = Fleet({"away": away, "there": Engine()}, slots=4)
+    assert [leased(fleet, key) for key in "abc"] == ["away", "there", "away"]
+    away.lives = False
+    assert leased_again(fleet, "a", died=True) == "there"
+    away.calls[-1].state = "failed"  # the call to drop it, which is made again
+    assert leased_again(fleet, "c", died=True) == "there"
+    for call in away.calls[1:]:
+        call.state = "answered"
+    away.calls[-1].state = "waiting"
+    assert leased(fleet, "d") == "there", "not all is dropped"
+    away.comes_up()
+    assert leased(fleet, "e") == "away"
+    assert set(away.dropped) == {"a", "c"}
+    calls = len(away.calls)
+    fleet.returned(job("e"), died=True)
+    assert (away.dropped[-1], len(away.calls)) == ("e", calls + 2), "the others are its own again, should they come"
 
 
 def test_an_engine_whose_machine_lacks_the_base_gets_no_more_runs_on_it() -> None:
@@ -214,12 +248,11 @@ def test_an_engine_whose_machine_lacks_the_base_gets_no_more_runs_on_it() -> Non
     fleet = Fleet({"lacking": lacking, "other": other}, slots=2)
     assert leased(fleet, "a") == "lacking"
     assert fleet.lacks("lacking", job("a"))
-    assert [leased(fleet, "a", given_up=True), leased(fleet, "b"), leased(fleet, "c")] == ["other"] * 3
+    assert [leased_again(fleet, "a"), leased(fleet, "b"), leased(fleet, "c")] == ["other"] * 3
     assert not other.asked, "it has no run that the idle one could train"
     assert leased(fleet, "d", "another model") == "lacking"
-    assert leased(fleet, "e", died="lacking") == "other"
-    fleet.release("d")
-    assert leased(fleet, "f") == "lacking"
+    fleet.returned(job("d", "another model"), died=True)
+    assert leased(fleet, "e") == "lacking"
 
 
 def test_a_run_whose_base_no_engine_has_is_told_so_by_the_last_one(clock: Clock) -> None:
@@ -227,7 +260,7 @@ def test_a_run_whose_base_no_engine_has_is_told_so_by_the_last_one(clock: Clock)
     fleet = Fleet({"there": Engine(), "coming": coming}, slots=1)
     assert leased(fleet, "a") == "there"
     assert fleet.lacks("there", job("a")), "the other one may have it"
-    assert leased(fleet, "a", given_up=True) is None
+    assert leased_again(fleet, "a") is None
     clock.now = AWAITED_SECONDS
     assert leased(fleet, "a") == "there"
     assert not fleet.lacks("there", job("a"))
@@ -236,8 +269,9 @@ def test_a_run_whose_base_no_engine_has_is_told_so_by_the_last_one(clock: Clock)
 def test_a_call_that_died_with_its_engine_is_no_answer() -> None:
     lost = Engine()
     fleet = Fleet({"lost": lost}, slots=4)
+    assert leased(fleet, "a") == "lost"
     lost.lives = False
-    assert leased(fleet, "a", died="lost") is None
+    assert leased_again(fleet, "a", died=True) is None
     lost.calls[-1].state = "failed"
     assert leased(fleet, "a") is None
     lost.comes_up()

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 class Engine:
     """Reports each run's evaluation at steps 5 and 10, then its end.
 
-    Dies at the first call for a run named so, and gives one named so up. Lacks the model of a run named so, as does the
-    other where nobody has it.
+    Dies at the first call for a run named so, can't be reached by one named so, and gives one named so up. Lacks the
+    model of a run named so, as does the other where nobody has it.
     """
 
     def __init__(self, scratch: str) -> None:
@@ -37,6 +37,9 @@ class Engine:
         if key.startswith("deadly") or (key.startswith("dies") and not died.exists()):
             died.touch()
             os._exit(1)
+        if key.startswith("unreachable") and not (away := self.scratch / f"{key}.away").exists():
+            away.touch()
+            raise ray.exceptions.ActorUnavailableError("the network is down", None)
         if key.startswith("queued") and not (given_up := self.scratch / f"{key}.given-up").exists():
             given_up.touch()
             return None
@@ -150,6 +153,13 @@ def test_a_run_that_its_engine_gives_up_is_leased_again(tmp_path: Path) -> None:
     assert (tmp_path / "queued.given-up").exists()
     assert [result.metrics[STATUS] for result in results] == ["FINISHED", "FINISHED"]
     assert [result.metrics["training_iteration"] for result in results] == [3, 3]
+
+
+def test_an_engine_that_could_not_be_reached_is_told_to_drop_the_run_that_is_leased_again(tmp_path: Path) -> None:
+    """Alive, it may train on."""
+    (found,) = fit(["unreachable"], tmp_path)
+    assert (found.metrics[STATUS], found.metrics[FAILURE]) == ("FINISHED", None)
+    assert (tmp_path / "unreachable.dropped").exists()
 
 
 def test_a_run_whose_model_is_not_there_is_trained_by_another_engine_and_fails_where_none_has_it(
