@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -16,6 +16,12 @@ ANSWER_SECONDS = 20.0
 AWAITED_SECONDS = 30.0
 """How long the runs that others could only queue are kept for an engine that does not answer. Where there is a machine
 an engine takes 2 to 10 s to start."""
+LACKING_SECONDS = 300.0
+"""How long an engine gets no runs on a base that could not be had where it is: it may have been the hub that was away
+for a moment."""
+ABSENT_SECONDS = 1800.0
+"""How long runs whose base can't be had where any other engine is wait for one that does not answer. Ray starts one
+that died within seconds, a cloud a machine within minutes; or it never finds one."""
 
 
 class Fleet:
@@ -40,8 +46,8 @@ class Fleet:
         """Engines that did not answer any more -> keys of the runs that they had. One may be alive, and train them."""
         self.calls = {engine: (self._call(engine), now) for engine in engines}
         """Engines that have not answered yet -> calls to them, and since when they are awaited."""
-        self.lacking: set[tuple[str, tuple[str, str]]] = set()
-        """Engines, and the bases that can't be had where they are."""
+        self.lacking: dict[tuple[str, tuple[str, str]], float] = {}
+        """Engine, and base that could not be had where it is -> when that was."""
         self.asked: list[Any] = []
         """The last calls to engines to give up runs."""
 
@@ -56,13 +62,15 @@ class Fleet:
         where there is a choice, and the fewest runs.
 
         None while no engine has room. ``held`` is the engine that still has the run in memory, which is preferred
-        unless another one has two runs less. One that lacks the base gets it only where all do.
+        unless another one has two runs less. One that lacks the base gets it only where all do; until that is known
+        the run waits.
         """
         with self.lock:
             if job.run.run_key not in self.leases:
-                answering = [engine for engine in self._able(job) or self.engines if self._answers(engine)]
+                answering = set(filter(self._answers, self.engines))
                 room = self.slots if self._awaits() else 2 * self.slots
-                free = [engine for engine in answering if len(self._on(engine)) < room]
+                able = self._able(job) or self.engines
+                free = [engine for engine in able if engine in answering and len(self._on(engine)) < room]
                 if not free:
                     return None
                 self.leases[job.run.run_key] = min(free, key=lambda engine: self._cost(engine, job, held)), job
@@ -77,21 +85,24 @@ class Fleet:
             if died:
                 self.orphans.setdefault(engine, set()).add(job.run.run_key)
                 self.calls[engine] = self._call(engine), time.monotonic()
-                self.lacking = {(other, base) for other, base in self.lacking if other != engine}
+                self.lacking = {key: since for key, since in self.lacking.items() if key[0] != engine}
 
-    def lacks(self, engine: str, job: Job) -> bool:
-        """The base of ``job`` can't be had where ``engine`` is; returns whether another one may have it."""
+    def lacks(self, engine: str, job: Job, *, tried: Collection[str]) -> bool:
+        """The base of ``job`` can't be had where ``engine`` is; returns whether one may have it that was not ``tried``
+        with this job."""
         with self.lock:
-            self.lacking.add((engine, job.base))
-            return bool(self._able(job))
+            self.lacking[engine, job.base] = time.monotonic()
+            return any(other not in tried for other in self._able(job))
 
     def _able(self, job: Job) -> list[str]:
         """The engines that may have the base of ``job``, now or once they are there."""
         return [
-            engine
-            for engine in self.engines
-            if (engine, job.base) not in self.lacking and (self._answers(engine) or self._awaited(engine))
+            engine for engine in self.engines if not self._lacks(engine, job) and self._away(engine) < ABSENT_SECONDS
         ]
+
+    def _lacks(self, engine: str, job: Job) -> bool:
+        since = self.lacking.get((engine, job.base))
+        return since is not None and time.monotonic() - since < LACKING_SECONDS
 
     def _on(self, engine: str) -> list[Job]:
         return [job for name, job in self.leases.values() if name == engine]
@@ -101,10 +112,11 @@ class Fleet:
         return any(other.base != job.base for other in on), len(on) - here, not here
 
     def _awaits(self) -> bool:
-        return any(map(self._awaited, self.calls))
+        return any(self._away(engine) < AWAITED_SECONDS for engine in self.calls)
 
-    def _awaited(self, engine: str) -> bool:
-        return engine in self.calls and time.monotonic() - self.calls[engine][1] < AWAITED_SECONDS
+    def _away(self, engine: str) -> float:
+        """Seconds since which an engine is awaited; 0 where it is there."""
+        return time.monotonic() - self.calls[engine][1] if engine in self.calls else 0.0
 
     def _call(self, engine: str) -> list[Any]:
         handle = self.engines[engine]
@@ -156,7 +168,7 @@ class Fleet:
                     key
                     for key, (engine, job) in self.leases.items()
                     if engine == busy
-                    and (idle, job.base) not in self.lacking
+                    and not self._lacks(idle, job)
                     and self._cost(idle, job, None) < self._cost(busy, job, None)
                 ]
                 if better_off:

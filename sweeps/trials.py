@@ -58,8 +58,8 @@ class Trial(tune.Trainable):
         """Name and handle of the engine that has the run, be it in a slot or waiting."""
         self.ended = False
         self.deaths = 0
-        self.lack: str | None = None
-        """Why an engine before could not have the model."""
+        self.lacked: dict[str, str | None] = {}
+        """Engines since the last report that could not have the model -> why."""
         self.last: Mapping[str, float] = {}
 
     def step(self) -> dict[str, Any]:
@@ -86,7 +86,8 @@ class Trial(tune.Trainable):
                 self.halving.left(run_key)
             else:
                 self.halving.came(run_key, report.steps, report.metrics.get(self.halving.metric))
-        said = {NOTE: report.note, LACK: self.lack}
+        said = {NOTE: report.note, LACK: "; ".join(filter(None, self.lacked.values())) or None}
+        self.lacked.clear()
         if report.ending is None:
             return {**report.metrics, **said, "steps": report.steps, "tokens": report.tokens}
         self.ended = True
@@ -113,9 +114,13 @@ class Trial(tune.Trainable):
                 continue
             if report is not None:
                 ending = report.ending
-                if ending is None or not ending.elsewhere or not self.fleet.lacks(name, self.job):
+                if ending is None or not ending.elsewhere:
+                    self.lacked.pop(name, None)  # it had been the hub
                     return report
-                self.lack = ending.failure
+                self.lacked[name] = ending.failure
+                if not self.fleet.lacks(name, self.job, tried=self.lacked):
+                    self.lacked.clear()  # all do
+                    return report
             self._return()
 
     def _lease(self) -> tuple[str, Any]:

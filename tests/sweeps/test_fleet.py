@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from sweeps import fleet as module
-from sweeps.fleet import AWAITED_SECONDS, Fleet
+from sweeps.fleet import ABSENT_SECONDS, AWAITED_SECONDS, LACKING_SECONDS, Fleet
 
 
 @dataclass
@@ -247,7 +247,7 @@ def test_an_engine_whose_machine_lacks_the_base_gets_no_more_runs_on_it() -> Non
     lacking, other = Engine(), Engine()
     fleet = Fleet({"lacking": lacking, "other": other}, slots=2)
     assert leased(fleet, "a") == "lacking"
-    assert fleet.lacks("lacking", job("a"))
+    assert fleet.lacks("lacking", job("a"), tried=["lacking"])
     assert [leased_again(fleet, "a"), leased(fleet, "b"), leased(fleet, "c")] == ["other"] * 3
     assert not other.asked, "it has no run that the idle one could train"
     assert leased(fleet, "d", "another model") == "lacking"
@@ -256,14 +256,46 @@ def test_an_engine_whose_machine_lacks_the_base_gets_no_more_runs_on_it() -> Non
 
 
 def test_a_run_whose_base_no_engine_has_is_told_so_by_the_last_one(clock: Clock) -> None:
+    """Where one does not come for half an hour that is the last one of those that are there."""
     coming = Engine(lives=False)
     fleet = Fleet({"there": Engine(), "coming": coming}, slots=1)
     assert leased(fleet, "a") == "there"
-    assert fleet.lacks("there", job("a")), "the other one may have it"
+    assert fleet.lacks("there", job("a"), tried=["there"]), "the other one may have it"
     assert leased_again(fleet, "a") is None
-    clock.now = AWAITED_SECONDS
+    clock.now = 0.9 * LACKING_SECONDS
+    assert leased(fleet, "a") is None
+    clock.now = ABSENT_SECONDS
     assert leased(fleet, "a") == "there"
-    assert not fleet.lacks("there", job("a"))
+    assert not fleet.lacks("there", job("a"), tried=["there"])
+    fleet.release("a")
+    assert leased(fleet, "b") == "there"
+    assert not fleet.lacks("there", job("b"), tried=["there"])
+
+
+def test_runs_wait_for_the_engine_with_their_base_while_ray_starts_it_anew(clock: Clock) -> None:
+    """Were they leased to the other one, they would fail one after the other."""
+    owner = Engine()
+    fleet = Fleet({"owner": owner, "lacking": Engine()}, slots=2)
+    assert [leased(fleet, key) for key in "ab"] == ["owner", "lacking"]
+    assert fleet.lacks("lacking", job("b"), tried=["lacking"])
+    assert leased_again(fleet, "b") == "owner"
+    owner.lives = False
+    assert leased_again(fleet, "a", died=True) is None
+    clock.now = 2 * AWAITED_SECONDS
+    assert [leased(fleet, key) for key in "acd"] == [None] * 3
+    owner.comes_up()
+    assert [leased(fleet, key) for key in "ac"] == ["owner"] * 2
+
+
+def test_an_engine_that_lacked_a_base_is_tried_again_after_a_while(clock: Clock) -> None:
+    """The hub was away for a moment; a run that all engines failed is not tried for ever, however long that took."""
+    fleet = Fleet({"one": Engine(), "two": Engine()}, slots=1)
+    assert leased(fleet, "a") == "one"
+    assert fleet.lacks("one", job("a"), tried=["one"])
+    assert [leased_again(fleet, "a"), leased(fleet, "b"), leased(fleet, "c")] == ["two", "two", None]
+    clock.now = LACKING_SECONDS
+    assert leased(fleet, "c") == "one"
+    assert not fleet.lacks("two", job("a"), tried=["one", "two"])
 
 
 def test_a_call_that_died_with_its_engine_is_no_answer() -> None:

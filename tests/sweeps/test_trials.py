@@ -167,9 +167,11 @@ def test_a_run_whose_model_is_not_there_is_trained_by_another_engine_and_fails_w
 ) -> None:
     (found,) = fit(["lacking"], tmp_path)
     assert (found.metrics[STATUS], found.metrics[FAILURE]) == ("FINISHED", None)
-    assert found.metrics[LACK] == "no such model here"
+    said = found.metrics_dataframe[LACK]
+    assert [said[0], *said[1:].isna()] == ["no such model here", True, True], "told once"
     (failed,) = fit(["lacking-nowhere"], tmp_path)
     assert (failed.metrics[STATUS], failed.metrics[FAILURE]) == ("FAILED", "no such model here")
+    assert failed.metrics[LACK] is None, "no other engine trains it"
 
 
 def test_a_run_whose_engine_dies_goes_on_and_one_that_kills_every_engine_fails_alone(tmp_path: Path) -> None:
