@@ -151,6 +151,7 @@ class Engine:
             lane = self.lanes.pop(run_key, None)
             if lane is not None:
                 lane.dropped = True
+                lane.reports.put(None)  # to whoever may still wait, as after a lost connection
                 self.changed.notify_all()
 
     def give_up(self, run_keys: Collection[str], *, most: int) -> None:
