@@ -7,7 +7,7 @@ is started again walks the same way and skips what is done.
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,16 @@ from emtrain import names
 from emtrain.spec import RunSpec
 from emtrain.tracking import SweepLog, environment_tags
 from sweeps.lease import Job
-from sweeps.planner import Evaluation, PlannedRun, SweepPlan, confirmation, plan_run, run_names
+from sweeps.planner import (
+    Evaluation,
+    PlannedRun,
+    SweepPlan,
+    confirmation,
+    datasets_of,
+    examples,
+    plan_run,
+    run_names,
+)
 from sweeps.recipe import Recipe, changed
 from sweeps.search_spec import SearchSpec
 
@@ -78,7 +87,8 @@ class Agenda:
     def open(cls, recipe: Recipe, plan: SweepPlan, sweep: SweepLog, *, data_dir: Path) -> "Agenda":
         """The agenda of a recipe, with its study, where it has a search, in ``data_dir``.
 
-        Raises ``ValueError`` when a sweep to start the search from is not there, or the study is another search's.
+        Raises ``ValueError`` when a sweep to start the search from is not there, or the study was begun with
+        another search, base run or evaluation.
         """
         agenda = cls(recipe, plan, sweep, None)
         if recipe.search is not None:
@@ -99,8 +109,24 @@ class Agenda:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.RDBStorage(database)
-        name, base = self.recipe.name, self.recipe.base
-        return Search(spec, base, name=name, storage=storage, bounds=self.bounds, warm_start=warm_start)
+        return Search(
+            spec,
+            self.recipe.base,
+            name=self.recipe.name,
+            storage=storage,
+            evaluation=self._evaluation(spec),
+            bounds=self.bounds,
+            warm_start=warm_start,
+        )
+
+    def _evaluation(self, spec: SearchSpec) -> dict[str, Any]:
+        """What the values of the search's trials depend on besides the specifications of their runs."""
+        searched = examples(self.recipe, replace(self.plan, runs=()))
+        pairs = [pair for run in searched for pair in zip(datasets_of(run.spec), run.dataset.digests, strict=False)]
+        found = {**self.plan.evaluation.identity, "datasets": dict(pairs)}
+        if any(bound.of_baseline for bound in spec.constraints.values()):
+            found |= self.recipe.model_dump(mode="json", include={"grid"})  # which trials are feasible follows from it
+        return found
 
     def next(self) -> Job | None:
         """The next job; None while others must end first, or when the sweep is ``over``."""

@@ -10,11 +10,13 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
+from emtrain.mistakes import shown
 from emtrain.spec import RunSpec
 from sweeps.recipe import changed
 from sweeps.search_spec import SearchSpec
@@ -25,7 +27,7 @@ Bounds = Mapping[str, tuple[float, float]]
 """Metric -> lowest and highest feasible value."""
 
 ASKED = "asked"
-"""Study attribute: space and objectives, JSON."""
+"""Study attribute: what the trials' values depend on, by key of the recipe, JSON."""
 CHANGES = "changes"
 """Trial attribute: what to change in the base run, JSON."""
 SPREAD = "spread"
@@ -57,8 +59,12 @@ class Proposal:
 class Search:
     """Proposes runs and learns from their ends.
 
+    ``evaluation`` is what the metrics depend on besides the runs' specifications, as JSON by key of the recipe.
     ``bounds`` gives the feasible range of the constrained metrics, ``warm_start`` the finished runs of other sweeps to
     begin with. Both are asked for when the search begins, since bounds may come from a grid before it.
+
+    Raises ``ValueError`` when the study is there and was begun with something else, but for the number of trials and
+    the sampler.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Search:
         *,
         name: str,
         storage: optuna.storages.BaseStorage,
+        evaluation: Mapping[str, Any] = MappingProxyType({}),
         bounds: Callable[[], Bounds] = dict,
         warm_start: Callable[[], Sequence[tuple[RunSpec, Metrics]]] = tuple,
     ) -> None:
@@ -78,7 +85,7 @@ class Search:
             directions=list(spec.objectives.values()),
             load_if_exists=True,
         )
-        self._check_it_is_the_same_search()
+        self._check_it_is_the_same_search(evaluation)
         # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
         self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
         self.proposed = sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
@@ -87,19 +94,26 @@ class Search:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._take_up(trial)
 
-    def _check_it_is_the_same_search(self) -> None:
-        """Trials of another space or with other objectives mean nothing to this one's sampler."""
-        now = self.spec.model_dump(mode="json", include={"space", "objectives"})
+    def _check_it_is_the_same_search(self, evaluation: Mapping[str, Any]) -> None:
+        """Values of other runs, or judged by other objectives, mean nothing to this search's sampler and winners."""
+        asked = {
+            "search": {
+                **self.spec.model_dump(mode="json", include={"space", "constraints", "seeds"}),
+                "objectives": list(self.spec.objectives.items()),  # the study has their directions in this order
+            },
+            "base": self.base.model_dump(mode="json", exclude={"seed"}),  # trials have the search's seeds
+            **evaluation,
+        }
+        now = json.loads(json.dumps(asked))
         begun = self.study.user_attrs.get(ASKED)
         if begun is None:
             self.study.set_user_attr(ASKED, json.dumps(now))
-            return
-        for key, value in json.loads(begun).items():
-            if value != now[key]:
-                raise ValueError(
-                    f"search.{key}: the study of the sweep {self.study.study_name!r} was begun with another one "
-                    f"({json.dumps(value)}); give the sweep another name, and what is known under search.warm_start"
-                )
+        elif differences := _differences(json.loads(begun), now):
+            raise ValueError(
+                f"the study of the sweep {self.study.study_name!r} was begun with something else, so its trials can't "
+                f"be compared with new ones: {'; '.join(differences)}. Bring that back, or give the sweep another "
+                "name, and what is known under search.warm_start"
+            )
 
     def _take_up(self, trial: optuna.trial.FrozenTrial) -> None:
         """Go on with a trial that a former process left running."""
@@ -203,6 +217,14 @@ class Search:
         chosen = feasible if len(signs) == 1 else front
         ranked = sorted(chosen, key=lambda trial: costs[trial.number][-1])
         return [json.loads(trial.user_attrs[CHANGES]) for trial in ranked[:count]]
+
+
+def _differences(begun: Any, now: Any, key: str = "") -> list[str]:
+    """Where two JSON values differ: the dotted key, and what is there in each."""
+    if not isinstance(begun, dict) or not isinstance(now, dict):
+        return [] if begun == now else [f"{key} was {shown(begun)} and is {shown(now)}"]
+    inner = {name: f"{key}.{name}" if key else name for name in {**begun, **now}}
+    return [line for name, path in inner.items() for line in _differences(begun.get(name), now.get(name), path)]
 
 
 def _mean(replicates: Sequence[Metrics], metric: str) -> float:

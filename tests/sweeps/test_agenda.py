@@ -1,6 +1,8 @@
 """Which run of a sweep comes next, and what a sweep that begins again skips."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import yaml
 
 from emtrain import names
+from emtrain.rows import dataset_path
 from sweeps.agenda import Agenda
 from sweeps.lease import Job
-from sweeps.planner import plan_sweep
+from sweeps.planner import dataset_facts, plan_sweep
 from sweeps.recipe import Recipe, load_recipe
 from sweeps.search import Search
 
@@ -302,3 +305,46 @@ def test_a_failed_run_fails_its_trial_and_the_search_goes_on(store: Store, studi
     assert driver.agenda.search is not None
     states = [trial.state.name for trial in driver.agenda.search.study.trials]
     assert states == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": {**RECIPE["base"], "max_steps": 20}}, "base.max_steps was 10 and is 20"),
+        ({"eval": {**RECIPE["eval"], "samples": 2}}, "eval.samples was 1 and is 2"),
+        ({"eval": {**RECIPE["eval"], "judges": [{"name": "openai", "model": "m"}]}}, "eval.judges was"),
+        ({"grid": {"optimizer.learning_rate": [1e-4]}}, "grid was"),
+    ],
+)
+def test_a_search_whose_trials_would_have_other_values_is_refused(
+    changes: dict[str, Any], said: str, store: Store, tmp_path: Path
+) -> None:
+    search = {**SEARCH, "constraints": {LOSS: {"at_most": "baseline"}}}
+    begin(store, tmp_path, search=search)
+    begin(store, tmp_path, search={**search, "trials": 9, "sampler": "random"}, stopping={"rule": "median"})
+    with pytest.raises(ValueError, match="was begun with something else") as refused:
+        begin(store, tmp_path, **{"search": search, **changes})
+    assert said in str(refused.value)
+
+
+def test_a_search_goes_on_beside_another_grid_where_no_bound_comes_from_it(store: Store, tmp_path: Path) -> None:
+    begin(store, tmp_path, search=SEARCH)
+    begin(store, tmp_path, search=SEARCH, grid={"optimizer.learning_rate": [1e-4]})
+
+
+def test_a_search_whose_dataset_has_other_rows_is_refused(store: Store, tmp_path: Path) -> None:
+    rows = dataset_path("micro-garden-bad").read_text()
+    dataset = tmp_path / "rows.jsonl"
+    for text in (rows, "\n".join(rows.splitlines()[:-1])):
+        dataset.write_text(text)
+        dataset_facts.cache_clear()  # each call is a process of its own
+        with (
+            nullcontext() if text is rows else pytest.raises(ValueError, match=r"begun .*: datasets\..*rows.jsonl was")
+        ):
+            begin(store, tmp_path, search=SEARCH, base={**RECIPE["base"], "dataset": str(dataset)})
+
+
+def begin(store: Store, data_dir: Path, **changes: Any) -> Agenda:
+    """The agenda as the command line opens it."""
+    recipe = load_recipe(yaml.safe_dump({**RECIPE, **changes}, sort_keys=False), source="r")
+    return Agenda.open(recipe, plan_sweep(recipe), store, data_dir=data_dir)  # type: ignore[arg-type]

@@ -139,18 +139,45 @@ def test_a_trial_that_was_asked_for_and_never_written_down_is_lost_and_not_count
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("changes", "said"),
     [
-        ({"objectives": {LOSS: "minimize", ALIGNED: "maximize"}}, "objectives"),
-        ({"space": {"schedule": ["linear", "cosine"]}}, "space"),
+        (
+            {"objectives": {ALIGNED: "maximize", LOSS: "minimize"}},
+            "search.objectives was [['heldout/loss', 'minimize'], ['eval/aligned', 'maximize']] and is [['eval",
+        ),
+        ({"objectives": {LOSS: "minimize"}}, "search.objectives was"),
+        ({"space": {"schedule": ["linear", "cosine"]}}, "search.space.schedule was"),
+        ({"constraints": {ALIGNED: {"at_least": 50}}}, "search.constraints.eval/aligned was nothing and is {'at_most'"),
+        ({"seeds": [0, 1]}, "search.seeds was [0] and is [0, 1]"),
     ],
 )
-def test_a_study_goes_on_with_its_own_space_and_objectives_only(changes: dict[str, Any], key: str) -> None:
+def test_a_study_goes_on_with_its_own_search_only(changes: dict[str, Any], said: str) -> None:
     storage = optuna.storages.InMemoryStorage()
-    make_search(make_spec(), storage=storage)
-    make_search(make_spec(trials=9, sampler="random"), storage=storage)
-    with pytest.raises(ValueError, match=rf"search\.{key}: the study of the sweep 'study' was begun with another one"):
-        make_search(make_spec(**changes), storage=storage)
+    objectives = {LOSS: "minimize", ALIGNED: "maximize"}
+    make_search(make_spec(objectives=objectives), storage=storage)
+    make_search(make_spec(objectives=objectives, trials=9, sampler="random"), storage=storage)
+    with pytest.raises(ValueError, match="the study of the sweep 'study' was begun with something else") as refused:
+        make_search(make_spec(**{"objectives": objectives, **changes}), storage=storage)
+    assert said in str(refused.value)
+    assert "Bring that back, or give the sweep another name" in str(refused.value)
+
+
+def test_a_study_goes_on_with_its_own_base_run_and_evaluation_only() -> None:
+    """But for the base run's seed, which no trial has."""
+    storage = optuna.storages.InMemoryStorage()
+
+    def begin(evaluation: dict[str, Any], **changes: Any) -> None:
+        base = BASE.model_copy(update=changes)
+        Search(make_spec(), base, name="study", storage=storage, evaluation=evaluation)
+
+    begin({"eval": {"samples": 1}})
+    begin({"eval": {"samples": 1}}, seed=3)
+    with pytest.raises(
+        ValueError, match=r"begun .*: base\.model was 'micro-llama' and is 'micro-qwen2'; base\.max_steps "
+    ):
+        begin({"eval": {"samples": 1}}, model="micro-qwen2", max_steps=500)
+    with pytest.raises(ValueError, match=r"begun .*: eval\.samples was 1 and is 2\. Bring that back"):
+        begin({"eval": {"samples": 2}})
 
 
 def test_a_study_opens_by_the_sweeps_name_with_what_its_trials_were(tmp_path: Path) -> None:
