@@ -114,6 +114,7 @@ class Agenda:
             self.recipe.base,
             name=self.recipe.name,
             storage=storage,
+            check=lambda run: plan_run(run, self.plan.evaluation, name=""),
             evaluation=self._evaluation(spec),
             bounds=self.bounds,
             warm_start=warm_start,
@@ -150,7 +151,8 @@ class Agenda:
         while not self.search.over:
             proposal = self.search.propose()
             if proposal is None:
-                yield None
+                if not self.search.over:  # as when the last points could be no runs
+                    yield None
                 continue
             run = self._planned(proposal.spec, self.plan.evaluation)
             # Two trials may want the same run: it is trained once and counts for both.

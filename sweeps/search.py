@@ -15,8 +15,9 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+from pydantic import ValidationError
 
-from emtrain.mistakes import shown
+from emtrain.mistakes import explain, shown
 from emtrain.spec import RunSpec
 from sweeps.recipe import changed
 from sweeps.search_spec import SearchSpec
@@ -32,6 +33,8 @@ CHANGES = "changes"
 """Trial attribute: what to change in the base run, JSON."""
 SPREAD = "spread"
 """Trial attribute: standard deviation over seeds of each objective, JSON; absent with one seed."""
+REFUSED = "refused"
+"""Trial attribute: why its point can't be a run; absent where it can."""
 
 
 @dataclass
@@ -59,9 +62,10 @@ class Proposal:
 class Search:
     """Proposes runs and learns from their ends.
 
-    ``evaluation`` is what the metrics depend on besides the runs' specifications, as JSON by key of the recipe.
-    ``bounds`` gives the feasible range of the constrained metrics, ``warm_start`` the finished runs of other sweeps to
-    begin with. Both are asked for when the search begins, since bounds may come from a grid before it.
+    ``check`` raises ``ValueError`` for what can't be a run though its values are valid one by one. ``evaluation`` is
+    what the metrics depend on besides the runs' specifications, as JSON by key of the recipe. ``bounds`` gives the
+    feasible range of the constrained metrics, ``warm_start`` the finished runs of other sweeps to begin with. Both are
+    asked for when the search begins, since bounds may come from a grid before it.
 
     Raises ``ValueError`` when the study is there and was begun with something else, but for the number of trials and
     the sampler.
@@ -74,11 +78,12 @@ class Search:
         *,
         name: str,
         storage: optuna.storages.BaseStorage,
+        check: Callable[[RunSpec], object] = lambda spec: None,
         evaluation: Mapping[str, Any] = MappingProxyType({}),
         bounds: Callable[[], Bounds] = dict,
         warm_start: Callable[[], Sequence[tuple[RunSpec, Metrics]]] = tuple,
     ) -> None:
-        self.spec, self.base, self.bounds, self.warm_start = spec, base, bounds, warm_start
+        self.spec, self.base, self.check, self.bounds, self.warm_start = spec, base, check, bounds, warm_start
         self.study = optuna.create_study(
             study_name=name,
             storage=storage,
@@ -166,20 +171,38 @@ class Search:
         return not self.open and self.proposed >= self.spec.trials
 
     def propose(self) -> Proposal | None:
-        """The next run; None when all are given out for now."""
-        trial = next((trial for trial in self.open.values() if trial.waiting), None)
-        if trial is None:
-            if self.proposed >= self.spec.trials:
-                return None
-            if not self.study.get_trials(deepcopy=False):
-                self._learn(self.warm_start())
-            asked = self.study.ask()
-            changes = draw(self.spec.space, asked)
-            asked.set_user_attr(CHANGES, json.dumps(changes))
-            self.proposed += 1
-            trial = self.open[asked.number] = OpenTrial(asked, changes, list(self.spec.seeds))
-        seed = trial.waiting.pop(0)
-        return Proposal(trial.handle.number, changed(self.base, {**trial.changes, "seed": seed}))
+        """The next run; None when all are given out for now.
+
+        A point whose values can't be together in a run is a failed trial, and counts as one.
+        """
+        while (trial := self._waiting() or self._ask()) is not None:
+            seed = trial.waiting.pop(0)
+            try:
+                spec = changed(self.base, {**trial.changes, "seed": seed})
+                self.check(spec)
+            except ValueError as error:
+                lines = explain(error, RunSpec) if isinstance(error, ValidationError) else [str(error)]
+                trial.handle.set_user_attr(REFUSED, "; ".join(lines))
+                self.study.tell(self.open.pop(trial.handle.number).handle, state=TrialState.FAIL)
+            else:
+                return Proposal(trial.handle.number, spec)
+        return None
+
+    def _waiting(self) -> OpenTrial | None:
+        return next((trial for trial in self.open.values() if trial.waiting), None)
+
+    def _ask(self) -> OpenTrial | None:
+        """A new trial; None when there were as many as are wanted."""
+        if self.proposed >= self.spec.trials:
+            return None
+        if not self.study.get_trials(deepcopy=False):
+            self._learn(self.warm_start())
+        asked = self.study.ask()
+        changes = draw(self.spec.space, asked)
+        asked.set_user_attr(CHANGES, json.dumps(changes))
+        self.proposed += 1
+        trial = self.open[asked.number] = OpenTrial(asked, changes, list(self.spec.seeds))
+        return trial
 
     def ended(self, proposal: Proposal, metrics: Metrics | None, *, stopped_early: bool = False) -> None:
         """A proposed run is over. ``metrics`` are those of its end; None when it failed."""

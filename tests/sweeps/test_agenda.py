@@ -344,6 +344,25 @@ def test_a_search_whose_dataset_has_other_rows_is_refused(store: Store, tmp_path
             begin(store, tmp_path, search=SEARCH, base={**RECIPE["base"], "dataset": str(dataset)})
 
 
+def test_a_search_goes_on_past_points_whose_values_do_not_go_together(store: Store, tmp_path: Path) -> None:
+    """A warm-up of 15 steps is too long for 10 steps and not for 30; the last points drawn are such."""
+    schedules = [{"name": "linear", "warmup_steps": 0}, {"name": "cosine", "warmup_steps": 15}]
+    search = {**SEARCH, "trials": 4, "space": {"max_steps": [10, 30], "schedule": schedules}, "seeds": [0]}
+    agenda = begin(store, tmp_path, base={**RECIPE["base"], "max_steps": 30}, grid=[], search=search)
+    assert agenda.search is not None
+    for max_steps, schedule in ((10, "linear"), (30, "cosine"), (10, "cosine"), (10, "cosine")):
+        agenda.search.study.enqueue_trial({"max_steps": max_steps, "schedule": schedule})
+    steps = []
+    while (job := agenda.next()) is not None:
+        steps.append(job.run.spec.max_steps)
+        agenda.ended(job.run.run_key, "FINISHED", {LOSS: 1.0, ALIGNED: 50.0})
+    assert steps == [10, 30]
+    assert agenda.over
+    trials = agenda.search.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
+    assert "schedule.warmup_steps is 15 but the run has 10 steps" in trials[2].user_attrs["refused"]
+
+
 def begin(store: Store, data_dir: Path, **changes: Any) -> Agenda:
     """The agenda as the command line opens it."""
     recipe = load_recipe(yaml.safe_dump({**RECIPE, **changes}, sort_keys=False), source="r")

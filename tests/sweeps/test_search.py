@@ -180,6 +180,39 @@ def test_a_study_goes_on_with_its_own_base_run_and_evaluation_only() -> None:
         begin({"eval": {"samples": 2}})
 
 
+def test_a_point_that_can_not_be_a_run_is_a_failed_trial_and_the_search_goes_on(tmp_path: Path) -> None:
+    """Of the batches 4 and 6 only 6 can be read 3 rows at a time; trials 0 and 2 are drawn at 4."""
+    space = {"batch_size": [4, 6], "micro_batch_size": [3]}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+    search = make_search(make_spec(space=space, trials=4), storage=storage)
+    for batch_size in (4, 6, 4, 6):
+        search.study.enqueue_trial({"batch_size": batch_size})
+    proposals = run_all(search, loss)
+    assert [(p.trial, p.spec.batch_size) for p in proposals] == [(1, 6), (3, 6)]
+    assert search.over
+    trials = search.study.trials
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert trials[0].user_attrs["refused"] == "micro_batch_size 3 does not divide batch_size 4"
+    assert make_search(make_spec(space=space, trials=4), storage=storage).over
+
+
+def test_a_point_that_can_not_be_planned_is_a_failed_trial_also_where_a_process_died_of_it(tmp_path: Path) -> None:
+    def check(spec: RunSpec) -> None:
+        if spec.optimizer.learning_rate == 1e-3:
+            raise ValueError("too long a warm-up")
+
+    spec = make_spec(space={"optimizer.learning_rate": [1e-3, 1e-4]}, trials=2, seeds=[0, 1])
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+    former = make_search(spec, storage=storage)
+    former.study.enqueue_trial({"optimizer.learning_rate": 1e-3})
+    former.study.enqueue_trial({"optimizer.learning_rate": 1e-4})
+    assert former.propose() is not None  # without the check
+    search = make_search(spec, storage=storage, check=check)
+    assert [(p.trial, p.spec.seed) for p in run_all(search, loss)] == [(1, 0), (1, 1)]
+    assert [t.state.name for t in search.study.trials] == ["FAIL", "COMPLETE"]
+    assert search.study.trials[0].user_attrs["refused"] == "too long a warm-up"
+
+
 def test_a_study_opens_by_the_sweeps_name_with_what_its_trials_were(tmp_path: Path) -> None:
     """As optuna-dashboard opens it: by the address of its database alone."""
     address = f"sqlite:///{tmp_path}/optuna.db"
