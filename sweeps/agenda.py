@@ -148,6 +148,7 @@ class Agenda:
             return
         if any(bound.of_baseline for bound in self.search.spec.constraints.values()):
             yield from self._wait()
+        self.bounds()  # one that there is no baseline for is told before a trial is trained
         while not self.search.over:
             proposal = self.search.propose()
             if proposal is None:
@@ -208,14 +209,15 @@ class Agenda:
             for seed in confirm.seeds
         ]
 
-    def _cells(self) -> dict[RunSpec, list["Metrics"]]:
-        """The grid's finished runs by what they have in common but the seed."""
-        cells: dict[RunSpec, list[Metrics]] = {}
+    def _cells(self, metric: str) -> dict[RunSpec, float]:
+        """The mean of a metric over the seeds of each of the grid's cells, of finished runs that have it: in one whose
+        judge was away it is missing."""
+        cells: dict[RunSpec, list[float]] = {}
         for run in self.plan.runs:
             end = self.ends.get(run.run_key)
-            if end is not None and end.status == "FINISHED":
-                cells.setdefault(run.spec.model_copy(update={"seed": 0}), []).append(end.metrics)
-        return cells
+            if end is not None and end.status == "FINISHED" and math.isfinite(end.metrics.get(metric, math.nan)):
+                cells.setdefault(run.spec.model_copy(update={"seed": 0}), []).append(end.metrics[metric])
+        return {cell: statistics.fmean(values) for cell, values in cells.items()}
 
     def _baseline_cells(self) -> list[RunSpec]:
         """The cells of the grid that the winners are measured against: those that the baselines of the constraints come
@@ -224,17 +226,16 @@ class Agenda:
         spec = self.search.spec
         wanted = [(metric, bound.at_most is None) for metric, bound in spec.constraints.items() if bound.of_baseline]
         metric, direction = list(spec.objectives.items())[-1]
-        cells = self._cells()
         return [
-            (max if largest else min)(cells, key=lambda cell: statistics.fmean(r[metric] for r in cells[cell]))
+            (max if largest else min)(cells, key=cells.__getitem__)
             for metric, largest in wanted or [(metric, direction == "maximize")]
-            if cells
+            if (cells := self._cells(metric))
         ]
 
     def bounds(self) -> "Bounds":
         """The feasible range of each constrained metric, the grid's figures put in.
 
-        Raises ``ValueError`` when a bound is the baseline and no run of the grid has finished.
+        Raises ``ValueError`` when a bound is the baseline and no run of the grid has finished with its metric.
         """
         assert self.search is not None
         if self._bounds is not None:
@@ -251,12 +252,13 @@ class Agenda:
             return none
         if limit != "baseline":
             return float(limit)
-        means = [statistics.fmean(run[metric] for run in runs) for runs in self._cells().values()]
-        if not means:
+        cells = self._cells(metric)
+        if not cells:
             raise ValueError(
-                f"search.constraints.{metric}: there is no baseline, since no run of the grid has finished"
+                f"search.constraints.{metric}: there is no baseline, since no run of the grid has finished with a "
+                f"{metric}; see how they ended (emsweep status {self.recipe.name}), or give the bound as a number"
             )
-        return float(best(means))
+        return float(best(cells.values()))
 
 
 _END = object()

@@ -7,6 +7,7 @@ unfinished trials is enough to go on with them after a restart, so none is left 
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,11 +134,10 @@ class Search:
     def _learn(self, finished: Sequence[tuple[RunSpec, Metrics]]) -> None:
         """Runs of other sweeps become finished trials, seeds averaged, where they are the base run but for the space
         and have every metric that is asked for."""
-        wanted = {*self.spec.objectives, *self.spec.constraints}
         by_point: dict[str, tuple[dict[str, Any], list[Metrics]]] = {}
         for run, metrics in finished:
             changes = self._as_changes(run)
-            if changes is not None and wanted <= metrics.keys():
+            if changes is not None and self._complete(metrics):
                 by_point.setdefault(json.dumps(changes, sort_keys=True), (changes, []))[1].append(metrics)
         for changes, replicates in by_point.values():
             if (located := locate(self.spec.space, changes)) is not None:
@@ -205,16 +205,22 @@ class Search:
         return trial
 
     def ended(self, proposal: Proposal, metrics: Metrics | None, *, stopped_early: bool = False) -> None:
-        """A proposed run is over. ``metrics`` are those of its end; None when it failed."""
+        """A proposed run is over. ``metrics`` are those of its end; None when it failed. It counts as failed, too,
+        where one that is asked for is missing (its judge was away) or not finite."""
         trial, seed = self.open[proposal.trial], proposal.spec.seed
         if stopped_early:
             trial.lost[seed] = TrialState.PRUNED
-        elif metrics is None or any(metric not in metrics for metric in self.spec.objectives):
+        elif metrics is None or not self._complete(metrics):
             trial.lost[seed] = TrialState.FAIL
         else:
             trial.results[seed] = metrics
         if len(trial.results) + len(trial.lost) == len(self.spec.seeds):
             self._tell(self.open.pop(proposal.trial))
+
+    def _complete(self, metrics: Metrics) -> bool:
+        """Whether every metric that is asked for is there, as a finite number."""
+        wanted = (*self.spec.objectives, *self.spec.constraints)
+        return all(math.isfinite(metrics.get(metric, math.nan)) for metric in wanted)
 
     def _tell(self, trial: OpenTrial) -> None:
         if trial.lost:

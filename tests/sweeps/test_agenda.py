@@ -287,12 +287,35 @@ def test_a_baseline_is_what_the_best_cell_of_the_grid_reaches(store: Store, stud
     assert bounds[ALIGNED] == (pytest.approx(99.9), float("inf"))
 
 
-def test_without_a_grid_that_finished_there_is_no_baseline(store: Store, studies: Studies) -> None:
+def test_runs_of_the_grid_without_a_metric_are_left_out_of_its_baseline(store: Store, studies: Studies) -> None:
+    """1e-4 was judged with one of its seeds, at 40; 1e-3 with none, and its losses of 1 and 2 count all the same."""
+    constraints = {LOSS: {"at_most": "baseline"}, ALIGNED: {"at_least": "baseline"}}
+    search = {**SEARCH, "constraints": constraints, "confirm": {"winners": 1, "seeds": [10]}}
+    driver = Driver(store, studies, search=search)
+    ends = ({LOSS: 3.0}, {LOSS: 3.0, ALIGNED: 40.0}, {LOSS: 1.0, ALIGNED: float("nan")}, {LOSS: 2.0})
+    for metrics in ends:
+        job = driver.agenda.next()
+        assert job is not None
+        driver.agenda.ended(job.run.run_key, "FINISHED", metrics)
+    assert driver.agenda.bounds() == {LOSS: (-float("inf"), 1.5), ALIGNED: (40.0, float("inf"))}
+    jobs = driver.run()
+    assert [job.run.spec.optimizer.learning_rate for job in jobs[-2:]] == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize(("status", "metrics"), [("FAILED", {}), ("FINISHED", {ALIGNED: 50.0})])
+def test_a_search_does_not_begin_without_its_baseline(
+    status: str, metrics: dict[str, float], store: Store, studies: Studies
+) -> None:
     driver = Driver(store, studies, search={**SEARCH, "constraints": {LOSS: {"at_most": "baseline"}}})
-    while (job := driver.agenda.next()) is not None and len(driver.agenda.ends) < 4:
-        driver.end(job, "FAILED")
-    with pytest.raises(ValueError, match=r"search\.constraints\.heldout/loss: there is no baseline"):
-        driver.agenda.bounds()
+    for _ in range(4):
+        job = driver.agenda.next()
+        assert job is not None
+        driver.agenda.ended(job.run.run_key, status, metrics)
+    said = r"search\.constraints\.heldout/loss: there is no baseline, since no run of the grid has finished with"
+    with pytest.raises(ValueError, match=said):
+        driver.agenda.next()
+    assert driver.agenda.search is not None
+    assert driver.agenda.search.study.trials == []
 
 
 def test_a_failed_run_fails_its_trial_and_the_search_goes_on(store: Store, studies: Studies) -> None:

@@ -72,15 +72,19 @@ def test_a_trials_value_is_the_mean_over_its_seeds_with_the_spread_beside_it() -
         (("failed", None), TrialState.FAIL),
         (("stopped", {LOSS: 1.0}), TrialState.PRUNED),
         (("unjudged", {"train/loss": 1.0}), TrialState.FAIL),
+        (("without the constrained metric", {LOSS: 1.0}), TrialState.FAIL),
+        (("no number", {LOSS: float("nan"), ALIGNED: 50.0}), TrialState.FAIL),
+        (("out of all bounds", {LOSS: 1.0, ALIGNED: float("inf")}), TrialState.FAIL),
     ],
 )
 def test_a_trial_with_a_run_that_came_to_no_end_has_no_value(second: Any, state: TrialState) -> None:
     how, metrics = second
-    search = make_search(make_spec(trials=1, seeds=[0, 1]))
+    spec = make_spec(trials=1, seeds=[0, 1], constraints={ALIGNED: {"at_least": 50}})
+    search = make_search(spec, bounds=lambda: {ALIGNED: (50.0, float("inf"))})
     one, two = search.propose(), search.propose()
     assert one is not None
     assert two is not None
-    search.ended(one, {LOSS: 0.0})
+    search.ended(one, {LOSS: 0.0, ALIGNED: 90.0})
     assert not search.over
     search.ended(two, metrics, stopped_early=how == "stopped")
     (trial,) = search.study.trials
