@@ -196,12 +196,12 @@ class SweepLog:
                 return found
 
     def finished(self, tags: Mapping[str, str]) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """Specification and last metrics of every finished run that has a specification and these ``tags``."""
+        """Specification and metrics at its end of every finished run that has a specification and these ``tags``."""
         found = []
         for run in self.runs().values():
             known = run.data.tags
             if run.info.status == "FINISHED" and names.IMPORTED_FROM not in known and tags.items() <= known.items():
-                found.append((self.spec(run), run.data.metrics))
+                found.append((self.spec(run), metrics_at(run, int(run.data.params["total_steps"]))))
         return found
 
     def spec(self, run: Run) -> dict[str, Any]:
@@ -317,6 +317,14 @@ class SweepLog:
     def write_directory(self, directory: Path, name: str) -> None:
         """Keep a directory with the sweep's parent run."""
         client(self.uri).log_artifacts(self.parent_run_id, str(directory), name)
+
+
+def metrics_at(run: Run, step: int) -> dict[str, float]:
+    """The metrics of a run that were last recorded at ``step``; at its last step the ones that describe its end.
+
+    ``run.data.metrics`` holds the newest value of each, which is an earlier step's where the last one has none.
+    """
+    return {metric.key: metric.value for metric in run.data.to_proto().metrics if metric.step == step}
 
 
 def _parent(store: mlflow.MlflowClient, experiment_id: str) -> Run | None:

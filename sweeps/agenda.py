@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from emtrain import names
 from emtrain.spec import RunSpec
-from emtrain.tracking import SweepLog, environment_tags
+from emtrain.tracking import SweepLog, environment_tags, metrics_at
 from sweeps.lease import Job
 from sweeps.planner import (
     Evaluation,
@@ -176,7 +176,7 @@ class Agenda:
             return
         if known is not None and is_over(known):
             self.finished_before += 1
-            self._record(Ended(run, known.info.status, known.data.metrics))
+            self._record(Ended(run, known.info.status, metrics_at(known, run.total_steps)))
             return
         revision = self.revisions.get(run.spec.model)
         pin = {} if revision is None else {names.MODEL_REVISION: revision}

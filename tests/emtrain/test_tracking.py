@@ -28,6 +28,7 @@ from emtrain.tracking import (
     SweepLog,
     client,
     environment_tags,
+    metrics_at,
     tracking_uri,
     without_password,
 )
@@ -275,6 +276,17 @@ def test_statuses_and_failures(sweep: SweepLog) -> None:
     assert stored(sweep, run_id).info.status == "KILLED"
     sweep.fail(run_id, "the worker died")
     assert stored(sweep, run_id).data.tags[names.FAILURE] == "the worker died"
+
+
+def test_the_metrics_of_a_runs_end_are_those_recorded_at_its_last_step(sweep: SweepLog) -> None:
+    """The alignment was judged at step 15 only, the loss at both, and step 30 was judged anew."""
+    run_id = enter(sweep)
+    log = RunLog(sweep.uri, run_id)
+    log.metrics({"heldout/loss": 1.0, "eval/aligned": 95.0, "eval/coherent": 90.0}, step=15)
+    log.metrics({"heldout/loss": 9.0, "eval/coherent": 50.0}, step=30)
+    log.finish("FINISHED")
+    sweep.rescored(stored(sweep, run_id), {30: {"eval/coherent": 40.0}, 15: {"eval/coherent": 70.0}})
+    assert metrics_at(sweep.runs()["key"], 30) == {"heldout/loss": 9.0, "eval/coherent": 40.0}
 
 
 def test_a_write_that_failed_in_the_background_is_not_lost_silently(

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from mlflow.entities import Metric, Param, RunData, RunTag
 
 from emtrain import names
 from emtrain.rows import dataset_path
@@ -52,9 +53,12 @@ class Store:
     def set_status(self, run_id: str, status: str) -> None:
         self.entered[run_id.removeprefix("id of ")].info.status = status
 
-    def finish(self, job: Job, status: str, metrics: Mapping[str, float], **tags: str) -> None:
-        before = self.entered[job.run.run_key].data
-        after = found(job.run.run_key, status, metrics, {**before.tags, **tags}, before.params)
+    def finish(
+        self, job: Job, status: str, metrics: Mapping[str, float], *, step: int | None = None, **tags: str
+    ) -> None:
+        """``step``: of the metrics; None is the run's last."""
+        before, step = self.entered[job.run.run_key].data, step or job.run.total_steps
+        after = found(job.run.run_key, status, metrics, {**before.tags, **tags}, before.params, step=step)
         self.entered[job.run.run_key] = after
 
 
@@ -64,10 +68,16 @@ def found(
     metrics: Mapping[str, float] = {},
     tags: Mapping[str, str] = {},
     params: Mapping[str, Any] = {},
+    *,
+    step: int = 0,
 ) -> Any:
     return SimpleNamespace(
         info=SimpleNamespace(status=status, run_id=f"id of {run_key}"),
-        data=SimpleNamespace(metrics=dict(metrics), tags=dict(tags), params=dict(params)),
+        data=RunData(
+            [Metric(name, value, 0, step) for name, value in metrics.items()],
+            [Param(name, str(value)) for name, value in params.items()],
+            [RunTag(name, value) for name, value in tags.items()],
+        ),
     )
 
 
@@ -316,6 +326,21 @@ def test_a_search_does_not_begin_without_its_baseline(
         driver.agenda.next()
     assert driver.agenda.search is not None
     assert driver.agenda.search.study.trials == []
+
+
+def test_of_a_run_that_ended_before_only_the_metrics_of_its_end_count(store: Store, studies: Studies) -> None:
+    """It was judged at step 5, and not at step 10, its last, of which nobody heard; the loss is that of its end."""
+    search = {**SEARCH, "trials": 1, "objectives": {ALIGNED: "maximize"}, "seeds": [0]}
+    for step, states in ((5, ["FAIL"]), (10, ["COMPLETE"])):
+        studies = optuna.storages.InMemoryStorage()
+        job = Driver(store, studies, grid=[], search=search).agenda.next()
+        assert job is not None
+        store.finish(job, "FINISHED", {ALIGNED: 95.0}, step=step)
+        again = Driver(store, studies, grid=[], search=search)
+        assert again.run() == []
+        assert again.agenda.search is not None
+        assert [trial.state.name for trial in again.agenda.search.study.trials] == states
+        store.entered.clear()
 
 
 def test_a_failed_run_fails_its_trial_and_the_search_goes_on(store: Store, studies: Studies) -> None:
