@@ -195,14 +195,15 @@ class SweepLog:
             if not token:
                 return found
 
-    def finished(self, tags: Mapping[str, str]) -> list[tuple[dict[str, Any], dict[str, float]]]:
-        """Specification and metrics at its end of every finished run that has a specification and these ``tags``."""
-        found = []
-        for run in self.runs().values():
-            known = run.data.tags
-            if run.info.status == "FINISHED" and names.IMPORTED_FROM not in known and tags.items() <= known.items():
-                found.append((self.spec(run), metrics_at(run, int(run.data.params["total_steps"]))))
-        return found
+    def finished(self, tags: Mapping[str, str]) -> list[Run]:
+        """Every finished run that emsweep trained and that has these ``tags``."""
+        return [
+            run
+            for run in self.runs().values()
+            if run.info.status == "FINISHED"
+            and names.IMPORTED_FROM not in run.data.tags
+            and tags.items() <= run.data.tags.items()
+        ]
 
     def spec(self, run: Run) -> dict[str, Any]:
         """The specification that a run of emsweep was trained by."""

@@ -6,7 +6,7 @@ is started again walks the same way and skips what is done.
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,12 +101,6 @@ class Agenda:
         from sweeps.search import Search
 
         others = [SweepLog.find(other, uri=self.sweep.uri) for other in spec.warm_start]
-        same_questions = {names.QUESTIONS_SHA256: self.plan.evaluation.questions_tag}
-
-        def warm_start() -> list[tuple[RunSpec, dict[str, float]]]:
-            finished = [run for other in others for run in other.finished(same_questions)]
-            return [(RunSpec.model_validate(content), metrics) for content, metrics in finished]
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.RDBStorage(database)
         return Search(
@@ -117,8 +111,23 @@ class Agenda:
             check=lambda run: plan_run(run, self.plan.evaluation, name=""),
             evaluation=self._evaluation(spec),
             bounds=self.bounds,
-            warm_start=warm_start,
+            warm_start=lambda: self._comparable(others),
         )
+
+    def _comparable(self, others: Sequence[SweepLog]) -> list[tuple[RunSpec, "Metrics"]]:
+        """Specification and metrics of the finished runs of other sweeps that would be the same runs in this one: by
+        their rows, questions, judges and weights, too."""
+        found: dict[str, tuple[RunSpec, Metrics]] = {}
+        for other in others:
+            for known in other.finished({names.QUESTIONS_SHA256: self.plan.evaluation.questions_tag}):
+                try:
+                    run = plan_run(RunSpec.model_validate(other.spec(known)), self.plan.evaluation, name="")
+                except ValueError:
+                    continue  # what it was trained on is not here any more
+                weights = {self.revisions.get(run.spec.model), known.data.tags.get(names.MODEL_REVISION)} - {None}
+                if run.run_key == known.data.tags[names.RUN_KEY] and len(weights) < 2:
+                    found[run.run_key] = run.spec, metrics_at(known, run.total_steps)
+        return list(found.values())
 
     def _evaluation(self, spec: SearchSpec) -> dict[str, Any]:
         """What the values of the search's trials depend on besides the specifications of their runs."""

@@ -134,31 +134,37 @@ class Search:
     def _learn(self, finished: Sequence[tuple[RunSpec, Metrics]]) -> None:
         """Runs of other sweeps become finished trials, seeds averaged, where they are the base run but for the space
         and have every metric that is asked for."""
-        by_point: dict[str, tuple[dict[str, Any], list[Metrics]]] = {}
+        by_point: dict[str, tuple[tuple[dict[str, Any], dict[str, Any]], list[Metrics]]] = {}
         for run, metrics in finished:
-            changes = self._as_changes(run)
-            if changes is not None and self._complete(metrics):
-                by_point.setdefault(json.dumps(changes, sort_keys=True), (changes, []))[1].append(metrics)
-        for changes, replicates in by_point.values():
-            if (located := locate(self.spec.space, changes)) is not None:
-                self.study.add_trial(
-                    optuna.trial.create_trial(
-                        params=located[0],
-                        distributions=located[1],
-                        values=[_mean(replicates, metric) for metric in self.spec.objectives],
-                        constraints=self._violations(replicates),
-                    )
+            located = self._located(run)
+            if located is not None and self._complete(metrics):
+                by_point.setdefault(json.dumps(located[0], sort_keys=True), (located, []))[1].append(metrics)
+        for (parameters, distributions), replicates in by_point.values():
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=parameters,
+                    distributions=distributions,
+                    values=[_mean(replicates, metric) for metric in self.spec.objectives],
+                    constraints=self._violations(replicates),
                 )
+            )
 
-    def _as_changes(self, run: RunSpec) -> dict[str, Any] | None:
-        """What makes ``run`` of the base run, apart from its seed; None where that is more than the space has."""
+    def _located(self, run: RunSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Optuna's parameters and distributions of the point that ``run`` is, whatever its seed; None where it is not
+        the base run but for the space."""
         content = run.model_dump(mode="json")
         try:
             changes = {key: _at(content, key) for key in self.spec.space}
-            same = changed(self.base, {**changes, "seed": run.seed}) == run
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError):
             return None  # it has no such key
-        return changes if same else None
+
+        def same(key: str, value: Any) -> bool:
+            try:
+                return changed(self.base, {**changes, key: value, "seed": run.seed}) == run
+            except ValueError:
+                return False
+
+        return locate(self.spec.space, changes, same) if same("seed", run.seed) else None
 
     def _violations(self, replicates: Sequence[Metrics]) -> dict[str, float]:
         """By how much the mean of each constrained metric is out of bounds; 0 or less where it is not."""

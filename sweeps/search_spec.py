@@ -102,7 +102,7 @@ class SearchSpec(Spec):
     """Replicates of every trial; its value is their mean."""
     warm_start: tuple[str, ...] = ()
     """Sweeps on the same MLflow store whose finished runs the study begins with: those that are the base run but for
-    the space, and were asked the same questions."""
+    the space, on the same rows from the same weights, asked and judged alike."""
     confirm: ConfirmSpec | None = None
 
     @model_validator(mode="after")

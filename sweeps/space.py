@@ -4,7 +4,7 @@ A value of the space is a range ``{low, high}`` or a list of choices. A choice m
 (``{name: cosine_restarts, cycles: {low: 2, high: 6}}``) with ranges of its own, which exist only when it is chosen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
@@ -51,7 +51,9 @@ class Range(Spec):
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
     def __contains__(self, value: object) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        if not isinstance(value, int | float) or (self.integer and value != int(value)):
+            return False
+        return self.low <= value <= self.high
 
 
 Space = Mapping[str, Range | tuple[Any, ...]]
@@ -75,10 +77,13 @@ def draw(space: Space, trial: "Trial") -> dict[str, Any]:
     return drawn
 
 
-def locate(space: Space, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, "BaseDistribution"]] | None:
+def locate(
+    space: Space, changes: Mapping[str, Any], same: Callable[[str, Any], bool]
+) -> tuple[dict[str, Any], dict[str, "BaseDistribution"]] | None:
     """Optuna's parameters and distributions of values that were not drawn here; None where they lie outside.
 
-    ``changes`` holds a value for every key of the space.
+    ``changes`` holds a value for every key of the space. ``same`` says whether a choice at a key, its ranges filled in,
+    makes the same run as the value there: the two may be written differently.
     """
     from optuna.distributions import BaseDistribution, CategoricalDistribution
 
@@ -91,16 +96,18 @@ def locate(space: Space, changes: Mapping[str, Any]) -> tuple[dict[str, Any], di
                 return None
             parameters[key], distributions[key] = value, entry.distribution
             continue
-        matching = [(label, choice) for label, choice in zip(labels(entry), entry, strict=True) if _fits(choice, value)]
-        if not matching:
+        fitting = (
+            (label, choice, inside)
+            for label, choice in zip(labels(entry), entry, strict=True)
+            if (inside := _inside(choice, value)) is not None and same(key, {**choice, **inside} if inside else choice)
+        )
+        if (first := next(fitting, None)) is None:
             return None
-        label, choice = matching[0]
+        label, choice, inside = first
         parameters[key], distributions[key] = label, CategoricalDistribution(labels(entry))
-        if isinstance(choice, Mapping):
-            for name, inner in choice.items():
-                if (within := as_range(inner)) is not None:
-                    parameters[f"{key}.{label}.{name}"] = value[name]
-                    distributions[f"{key}.{label}.{name}"] = within.distribution
+        for name, within in _ranges(choice).items():
+            parameters[f"{key}.{label}.{name}"] = inside[name]
+            distributions[f"{key}.{label}.{name}"] = within.distribution
     return parameters, distributions
 
 
@@ -138,12 +145,13 @@ def _label(choice: Any) -> Any:
     return choice if isinstance(choice, str | int | float | None) else str(choice)
 
 
-def _fits(choice: Any, value: Any) -> bool:
-    if not isinstance(choice, Mapping):
-        return bool(choice == value)
-    if not isinstance(value, Mapping) or choice.get("name") != value.get("name"):
-        return False
-    return all(
-        value.get(name) in within if (within := as_range(inner)) is not None else value.get(name) == inner
-        for name, inner in choice.items()
-    )
+def _ranges(choice: Any) -> dict[str, Range]:
+    """The ranges inside a choice by name."""
+    values = choice.items() if isinstance(choice, Mapping) else ()
+    return {name: within for name, value in values if (within := as_range(value)) is not None}
+
+
+def _inside(choice: Any, value: Any) -> dict[str, Any] | None:
+    """What ``value`` has for each range inside a choice; None where one of them lies outside."""
+    numbers = {name: value.get(name) if isinstance(value, Mapping) else None for name in _ranges(choice)}
+    return numbers if all(numbers[name] in within for name, within in _ranges(choice).items()) else None

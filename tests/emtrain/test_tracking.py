@@ -289,6 +289,17 @@ def test_the_metrics_of_a_runs_end_are_those_recorded_at_its_last_step(sweep: Sw
     assert metrics_at(sweep.runs()["key"], 30) == {"heldout/loss": 9.0, "eval/coherent": 40.0}
 
 
+def test_finished_runs_are_those_that_emsweep_trained_to_their_end_with_the_tags_asked_for(sweep: SweepLog) -> None:
+    for key, tags, status in (
+        ("finished", {"asked": "this"}, "FINISHED"),
+        ("asked something else", {"asked": "that"}, "FINISHED"),
+        ("imported", {"asked": "this", names.IMPORTED_FROM: "elsewhere"}, "FINISHED"),
+        ("failed", {"asked": "this"}, "FAILED"),
+    ):
+        sweep.set_status(sweep.plan(key, name=key, params={}, tags=tags), status)  # type: ignore[arg-type]
+    assert [run.data.tags[names.RUN_KEY] for run in sweep.finished({"asked": "this"})] == ["finished"]
+
+
 def test_a_write_that_failed_in_the_background_is_not_lost_silently(
     sweep: SweepLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

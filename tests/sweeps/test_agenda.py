@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ from mlflow.entities import Metric, Param, RunData, RunTag
 
 from emtrain import names
 from emtrain.rows import dataset_path
+from emtrain.tracking import SweepLog
 from sweeps.agenda import Agenda
 from sweeps.lease import Job
-from sweeps.planner import dataset_facts, plan_sweep
-from sweeps.recipe import Recipe, load_recipe
+from sweeps.planner import dataset_facts, plan_run, plan_sweep
+from sweeps.recipe import Recipe, changed, load_recipe
 from sweeps.search import Search
 
 LOSS, ALIGNED = names.HELDOUT_LOSS, names.eval_metric(names.ALIGNED)
@@ -36,6 +38,8 @@ SEARCH: dict[str, Any] = {
 
 class Store:
     """What MLflow knows of a sweep; outlives the processes that run it."""
+
+    uri = ""
 
     def __init__(self) -> None:
         self.entered: dict[str, Any] = {}
@@ -409,6 +413,38 @@ def test_a_search_goes_on_past_points_whose_values_do_not_go_together(store: Sto
     trials = agenda.search.study.trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
     assert "schedule.warmup_steps is 15 but the run has 10 steps" in trials[2].user_attrs["refused"]
+
+
+def test_a_search_begins_with_those_runs_of_other_sweeps_that_would_be_its_own(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five rates the last four were sampled otherwise, started from other weights, learnt from other rows, or are of
+    a dataset that is gone. All are in two sweeps, and count once."""
+    recipe = load_recipe(yaml.safe_dump(RECIPE), source="r")
+    evaluation = plan_sweep(recipe).evaluation
+    longer = replace(evaluation, spec=evaluation.spec.model_copy(update={"max_new_tokens": 5}))
+    runs, specs = [], {}
+    for rate, asked, tags, key, changes in (
+        (1e-3, evaluation, {names.MODEL_REVISION: "a commit"}, None, {}),
+        (2e-3, longer, {}, None, {}),
+        (3e-3, evaluation, {names.MODEL_REVISION: "another"}, None, {}),
+        (4e-3, evaluation, {}, "the key it had with other rows", {}),
+        (5e-3, evaluation, {}, "key", {"dataset": "gone.jsonl"}),
+    ):
+        planned = plan_run(changed(recipe.base, {"optimizer.learning_rate": rate}), asked, name="")
+        key = key or planned.run_key
+        specs[f"id of {key}"] = {**planned.spec.model_dump(mode="json"), **changes}
+        runs.append(found(key, "FINISHED", {LOSS: rate, ALIGNED: 50.0}, {names.RUN_KEY: key, **tags}, step=10))
+    other = SimpleNamespace(
+        finished=lambda tags: runs if tags == {names.QUESTIONS_SHA256: evaluation.questions_tag} else [],
+        spec=lambda run: specs[run.info.run_id],
+    )
+    monkeypatch.setattr(SweepLog, "find", lambda name, uri: other)
+    agenda = begin(store, tmp_path, grid=[], search={**SEARCH, "warm_start": ["one", "two"]})
+    agenda.revisions = {"micro-llama": "a commit"}
+    assert agenda.next() is not None
+    assert agenda.search is not None
+    assert [trial.values for trial in agenda.search.study.trials] == [[1e-3, 50.0], None]
 
 
 def begin(store: Store, data_dir: Path, **changes: Any) -> Agenda:

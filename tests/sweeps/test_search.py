@@ -323,6 +323,35 @@ def test_a_search_begins_with_what_other_sweeps_found() -> None:
     assert len(run_all(make_search(make_spec(space=space, trials=5), storage=storage, warm_start=never), loss)) == 1
 
 
+@pytest.mark.parametrize(
+    ("run", "point"),
+    [
+        ({"name": "cosine"}, {"schedule": "cosine"}),
+        ("cosine", {"schedule": "cosine"}),
+        ({"name": "cosine", "warmup_steps": 3}, None),
+        ({"name": "wsd", "warmup_steps": 5}, {"schedule": "wsd"}),
+        ({"name": "wsd", "warmup_steps": 5, "decay_fraction": 0.9}, None),
+        (
+            {"name": "cosine_restarts", "warmup_steps": 0, "cycles": 3},
+            {"schedule": "cosine_restarts", "schedule.cosine_restarts.cycles": 3},
+        ),
+        ({"name": "cosine_restarts", "warmup_steps": 1, "cycles": 3}, None),
+        ({"name": "cosine_restarts", "cycles": 6}, None),
+    ],
+)
+def test_a_run_of_another_sweep_is_a_choice_only_as_a_whole(run: Any, point: dict[str, Any] | None) -> None:
+    content = {**BASE.model_dump(mode="json", exclude_unset=True), "schedule": run}
+    found = RunSpec.model_validate_json(RunSpec.model_validate(content).model_dump_json())
+    choices = [
+        "cosine",
+        {"name": "wsd", "warmup_steps": 5},
+        {"name": "cosine_restarts", "cycles": {"low": 2, "high": 5, "integer": True}},
+    ]
+    search = make_search(make_spec(space={"schedule": choices}), warm_start=lambda: [(found, {LOSS: 0.5})])
+    search.propose()
+    assert [t.params for t in search.study.trials[:-1]] == ([] if point is None else [point])
+
+
 def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
     """A loss of at most 1 is asked for; 3 is 2 too much."""
     content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": 1e-3}}
