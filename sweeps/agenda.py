@@ -185,7 +185,9 @@ class Agenda:
             return
         if known is not None and is_over(known):
             self.finished_before += 1
-            self._record(Ended(run, known.info.status, metrics_at(known, run.total_steps)))
+            # The tag is set before the status, and a process may die in between.
+            status = "KILLED" if names.STOPPED in known.data.tags else known.info.status
+            self._record(Ended(run, status, metrics_at(known, run.total_steps)))
             return
         revision = self.revisions.get(run.spec.model)
         pin = {} if revision is None else {names.MODEL_REVISION: revision}

@@ -49,13 +49,18 @@ class Store:
         return dict(self.entered)
 
     def plan(self, run_key: str, *, name: str, params: Any, tags: Mapping[str, str], entered: Any) -> str:
-        assert entered is self.entered.get(run_key)
+        known = self.entered.get(run_key)
+        assert (entered and entered.info.run_id) == (known and known.info.run_id)
         self.roles[run_key] = tags[names.ROLE]
         self.entered[run_key] = found(run_key, "SCHEDULED", tags=tags, params=params)
         return f"id of {run_key}"
 
     def set_status(self, run_id: str, status: str) -> None:
-        self.entered[run_id.removeprefix("id of ")].info.status = status
+        run_key = run_id.removeprefix("id of ")
+        # What was read of the run before stays as it was.
+        self.entered[run_key] = SimpleNamespace(
+            info=SimpleNamespace(status=status, run_id=run_id), data=self.entered[run_key].data
+        )
 
     def finish(
         self, job: Job, status: str, metrics: Mapping[str, float], *, step: int | None = None, **tags: str
@@ -345,6 +350,21 @@ def test_of_a_run_that_ended_before_only_the_metrics_of_its_end_count(store: Sto
         assert again.agenda.search is not None
         assert [trial.state.name for trial in again.agenda.search.study.trials] == states
         store.entered.clear()
+
+
+@pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
+def test_a_run_that_was_stopped_early_prunes_its_trial_also_after_a_kill_amid_that(
+    status: str, store: Store, studies: Studies
+) -> None:
+    search = {**SEARCH, "trials": 1, "seeds": [0]}
+    job = Driver(store, studies, grid=[], search=search).agenda.next()
+    assert job is not None
+    store.finish(job, status, {LOSS: 1.0, ALIGNED: 50.0}, step=5, **{names.STOPPED: "asha"})
+    again = Driver(store, studies, grid=[], search=search)
+    assert again.run() == []
+    assert store.entered[job.run.run_key].info.status == "KILLED"
+    assert again.agenda.search is not None
+    assert [trial.state.name for trial in again.agenda.search.study.trials] == ["PRUNED"]
 
 
 def test_a_failed_run_fails_its_trial_and_the_search_goes_on(store: Store, studies: Studies) -> None:
