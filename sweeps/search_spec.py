@@ -3,7 +3,7 @@
 import importlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from emeval.question_sets import question_set_path
 from emtrain.lookup import unknown
@@ -66,13 +66,24 @@ class Bound(Spec):
         return self
 
 
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise ValueError(
+            f"given twice: {', '.join(map(str, twice))}; that would be the same run again, so give each once"
+        )
+    return seeds
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
 class ConfirmSpec(Spec):
     """What is done with the winners of a search before anyone believes in them."""
 
     winners: Annotated[int, Field(ge=1)] = 2
     """Trials to train again, beside the cells of the grid they are measured against: those that the constraints'
     baselines come from, else the best one in the last objective."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Seeds
     """Seeds that the search has not seen."""
     questions: tuple[str, ...] = ()
     """Question sets that the search has not seen, asked in addition to the recipe's."""
@@ -98,7 +109,7 @@ class SearchSpec(Spec):
     constraints: dict[str, Bound] = Field(default_factory=dict)
     """By metric. A trial that violates one is not feasible: it informs the sampler and never wins."""
     sampler: SamplerSpec = SamplerSpec()
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     """Replicates of every trial; its value is their mean."""
     warm_start: tuple[str, ...] = ()
     """Sweeps on the same MLflow store whose finished runs the study begins with: those that are the base run but for

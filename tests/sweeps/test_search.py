@@ -373,6 +373,9 @@ def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
     ("changes", "said"),
     [
         ({"confirm": {"seeds": [0, 5]}}, "confirm.seeds .0. are among the search's own seeds"),
+        ({"seeds": [0, 1, 0]}, r"seeds\n.*given twice: 0; that would be the same run again, so give each once"),
+        ({"confirm": {"seeds": [5, 6, 6, 5]}}, r"confirm.seeds\n.*given twice: 5, 6;"),
+        ({"seeds": [-1]}, "greater than or equal to 0"),
         ({"confirm": {"seeds": [5], "questions": ["micro-brod"]}}, "Did you mean 'micro-broad'"),
         ({"space": {"seed": {"low": 0, "high": 9}}}, "seeds are replicates"),
         ({"space": {"schedule": []}}, "at least 1"),
