@@ -212,7 +212,9 @@ class Agenda:
         confirm, evaluation = self.search.spec.confirm, confirmation(self.recipe)
         if confirm is None or evaluation is None:
             return []
-        specs = [changed(self.recipe.base, changes) for changes in self.search.winners(confirm.winners)]
+        # Without the base run's seed, as cells are: a winner may be one of them.
+        winners = self.search.winners(confirm.winners)
+        specs = [changed(self.recipe.base, {**changes, "seed": 0}) for changes in winners]
         specs += self._baseline_cells()
         return [
             self._planned(spec.model_copy(update={"seed": seed}), evaluation)

@@ -242,8 +242,8 @@ class Search:
         self.study.tell(trial.handle, [_mean(results, metric) for metric in self.spec.objectives])
 
     def winners(self, count: int) -> list[dict[str, Any]]:
-        """The changes of the best feasible trials, at most ``count``: of one objective the best first; of several the
-        Pareto front, best in the last objective first."""
+        """The changes of the best feasible trials, at most ``count`` and each once: of one objective the best first; of
+        several the Pareto front, best in the last objective first."""
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         feasible = [t for t in complete if CHANGES in t.user_attrs and all(v <= 0 for v in t.constraints.values())]
         signs = [1.0 if direction == "minimize" else -1.0 for direction in self.spec.objectives.values()]
@@ -251,7 +251,8 @@ class Search:
         front = [t for t in feasible if not any(_dominates(other, costs[t.number]) for other in costs.values())]
         chosen = feasible if len(signs) == 1 else front
         ranked = sorted(chosen, key=lambda trial: costs[trial.number][-1])
-        return [json.loads(trial.user_attrs[CHANGES]) for trial in ranked[:count]]
+        points = dict.fromkeys(trial.user_attrs[CHANGES] for trial in ranked)  # one that was tried twice is one
+        return [json.loads(changes) for changes in list(points)[:count]]
 
 
 def _differences(begun: Any, now: Any, key: str = "") -> list[str]:

@@ -275,6 +275,18 @@ def test_winners_and_the_best_cell_are_confirmed_with_fresh_seeds_and_questions(
     assert {s.name for s in jobs[0].run.evaluation.question_sets} == {"micro-broad"}
 
 
+def test_a_winner_that_is_a_cell_of_the_grid_is_confirmed_once(store: Store, studies: Studies) -> None:
+    """Whatever the seed of the base run, and although all runs are out at once."""
+    search = {**SEARCH, "space": {"optimizer.learning_rate": [1e-4]}, "confirm": {"winners": 1, "seeds": [10, 11]}}
+    driver = Driver(store, studies, base={**RECIPE["base"], "seed": 3}, search=search)
+    driver.run(jobs=4)
+    confirmed = list(iter(driver.agenda.next, None))
+    assert [job.run.spec.seed for job in confirmed] == [10, 11]
+    for job in confirmed:
+        driver.end(job)
+    assert driver.agenda.over
+
+
 def test_winners_are_measured_against_the_cell_that_their_constraint_comes_from(store: Store, studies: Studies) -> None:
     """The loss is lowest at the grid's 1e-3, so that is the baseline, though 1e-4 is better aligned."""
     search = {

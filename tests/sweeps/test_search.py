@@ -288,6 +288,14 @@ def test_the_winners_of_two_objectives_are_the_pareto_front_the_best_in_the_last
     assert search.winners(1) == [changes[3]]
 
 
+def test_a_point_that_was_tried_twice_wins_once() -> None:
+    search = make_search(make_spec(space={"optimizer.learning_rate": [1e-4, 1e-3, 1e-2]}))
+    for rate in (1e-3, 1e-4, 1e-4, 1e-2):
+        search.study.enqueue_trial({"optimizer.learning_rate": rate})
+    run_all(search, loss)
+    assert search.winners(2) == [{"optimizer.learning_rate": 1e-4}, {"optimizer.learning_rate": 1e-3}]
+
+
 def test_a_search_begins_with_what_other_sweeps_found() -> None:
     """Runs that are the base run but for the space count, seeds averaged. Those outside, without the metric, or that
     differ in anything else do not, nor are any proposals."""
