@@ -69,7 +69,6 @@ class Agenda:
         self.out: dict[str, Job] = {}
         """Run key -> job, of those given out."""
         self.proposals: dict[str, list[Proposal]] = {}
-        self.finished_before = 0
         self.over = False
         self._bounds: Bounds | None = None
         self._stages = self._walk()
@@ -184,7 +183,6 @@ class Agenda:
             self._record(self.ends[run.run_key])
             return
         if known is not None and is_over(known):
-            self.finished_before += 1
             # The tag is set before the status, and a process may die in between.
             status = "KILLED" if names.STOPPED in known.data.tags else known.info.status
             self._record(Ended(run, status, metrics_at(known, run.total_steps)))
