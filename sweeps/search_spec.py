@@ -45,6 +45,8 @@ SAMPLERS = {
     "qmc": "QMCSampler",
     "random": "RandomSampler",
 }
+ONE_GOAL = {"cmaes"}
+"""Samplers that fail with several objectives, and take no notice of constraints."""
 
 
 class Bound(Spec):
@@ -122,4 +124,15 @@ class SearchSpec(Spec):
             raise ValueError(f"confirm.seeds {sorted(seen)} are among the search's own seeds; take others")
         if "seed" in self.space:
             raise ValueError("space.seed: seeds are replicates; give them as search.seeds")
+        return self
+
+    @model_validator(mode="after")
+    def _within_its_samplers_powers(self) -> Self:
+        if self.sampler.name in ONE_GOAL and (len(self.objectives) > 1 or self.constraints):
+            several = f"{len(self.objectives)} objectives" if len(self.objectives) > 1 else "constraints"
+            able = ", ".join(name for name in SAMPLERS if name not in ONE_GOAL)
+            raise ValueError(
+                f"sampler: {self.sampler.name} is for one objective without constraints, and there are {several}; "
+                f"take one of: {able}"
+            )
         return self

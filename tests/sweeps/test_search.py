@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from emtrain.spec import RunSpec
 from sweeps.search import Proposal, Search
-from sweeps.search_spec import SAMPLERS, SearchSpec
+from sweeps.search_spec import ONE_GOAL, SAMPLERS, SearchSpec
 
 BASE = RunSpec(model="micro-llama", dataset="micro-garden-bad", max_steps=10)
 LOSS, ALIGNED = "heldout/loss", "eval/aligned"
@@ -237,11 +237,25 @@ def test_the_same_seed_of_the_sampler_proposes_the_same_points() -> None:
     assert points(1) != points(2)
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"cmaes"}))
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - ONE_GOAL))
+@pytest.mark.parametrize("objectives", [{LOSS: "minimize"}, {LOSS: "minimize", ALIGNED: "maximize"}])
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_every_sampler_searches(name: str) -> None:
-    search = make_search(make_spec(sampler=name, trials=3))
-    assert len(run_all(search, loss)) == 3
+def test_every_sampler_but_cmaes_searches_for_several_objectives_under_constraints(
+    name: str, objectives: dict[str, str]
+) -> None:
+    """Past the trials that each begins with at random: 10, or a generation."""
+    generation = {"population_size": 4} if name.startswith("nsga") else {}
+    spec = make_spec(
+        sampler={"name": name, **generation},
+        objectives=objectives,
+        constraints={ALIGNED: {"at_least": 95}},
+        trials=12,
+    )
+    search = make_search(spec, bounds=lambda: {ALIGNED: (95.0, float("inf"))})
+    run_all(
+        search, lambda p: {LOSS: -p.spec.optimizer.learning_rate, ALIGNED: 100 - 1e4 * p.spec.optimizer.learning_rate}
+    )
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE] * 12
 
 
 @pytest.mark.parametrize(
@@ -391,6 +405,11 @@ def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
         ({"objectives": {LOSS: "lower"}}, "'minimize' or 'maximize'"),
         ({"constraints": {LOSS: {}}}, "give one of at_most and at_least"),
         ({"sampler": "tpee"}, "unknown sampler 'tpee'. Did you mean 'tpe'"),
+        (
+            {"sampler": "cmaes", "objectives": {LOSS: "minimize", ALIGNED: "maximize"}},
+            "cmaes is for one objective without constraints, and there are 2 objectives; take one of: tpe, gp, nsgaii",
+        ),
+        ({"sampler": "cmaes", "constraints": {ALIGNED: {"at_least": 50}}}, "there are constraints; take one of: tpe"),
         ({"trials": 0}, "greater than or equal to 1"),
     ],
 )
