@@ -433,9 +433,8 @@ class RunLog:
         return [point.value for point in sorted(points, key=lambda point: point.step)]
 
     def metrics_at(self, step: int) -> dict[str, float]:
-        """The metrics whose newest value is that of ``step``."""
-        values = self._store.get_run(self.run_id).data.metrics
-        return {key: value for key, value in values.items() if self._logged.get(key) == step}
+        """Those of ``step``, as far as none of a later one is stored."""
+        return metrics_at(self._store.get_run(self.run_id), step)
 
     def finish(self, status: Status, *, failure: str | None = None) -> None:
         """Store what is queued, then set the final status; ``failure`` says in a line why a run failed.

@@ -586,8 +586,8 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
         SweepLog.find(former, uri=uri)
     sweep = SweepLog.open(recipe.name, uri=uri, artifacts=data / "artifacts")
     with alone(recipe.name):
-        sweep.write_text(names.RECIPE, text)
         agenda = Agenda.open(recipe, planned, sweep, data_dir=data)
+        sweep.write_text(names.RECIPE, text)  # of a recipe that is another search than before, nothing is kept
         done = {key for key, found in agenda.known.items() if found.info.status == "FINISHED"}
         left = [run for run in planned.runs if run.run_key not in done]
         already = len(planned.runs) - len(left)

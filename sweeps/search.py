@@ -92,8 +92,8 @@ class Search:
             load_if_exists=True,
         )
         self._check_it_is_the_same_search(evaluation)
-        # A sampler begins its random stream anew in every process; the trials so far keep it from repeating itself.
-        self.study.sampler = spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
+        self.study.set_metric_names(list(spec.objectives))  # for who looks at it in a dashboard
+        self._seed_sampler()
         self.proposed = sum(CHANGES in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
         """Trials asked for so far, those that began the study as finished runs of other sweeps left out."""
         self.open: dict[int, OpenTrial] = {}
@@ -120,6 +120,11 @@ class Search:
                 f"be compared with new ones: {'; '.join(differences)}. Bring that back, or give the sweep another "
                 "name, and what is known under search.warm_start"
             )
+
+    def _seed_sampler(self) -> None:
+        """A sampler begins its random stream anew in every process, and one of a sweep that was learnt from has drawn
+        the same points: the trials so far keep it from repeating them."""
+        self.study.sampler = self.spec.sampler.build(offset=len(self.study.get_trials(deepcopy=False)))
 
     def _take_up(self, trial: optuna.trial.FrozenTrial) -> None:
         """Go on with a trial that a former process left running."""
@@ -203,6 +208,7 @@ class Search:
             return None
         if not self.study.get_trials(deepcopy=False):
             self._learn(self.warm_start())
+            self._seed_sampler()
         asked = self.study.ask()
         changes = draw(self.spec.space, asked)
         asked.set_user_attr(CHANGES, json.dumps(changes))

@@ -115,7 +115,8 @@ class SearchSpec(Spec):
     """Replicates of every trial; its value is their mean."""
     warm_start: tuple[str, ...] = ()
     """Sweeps on the same MLflow store whose finished runs the study begins with: those that are the base run but for
-    the space, on the same rows from the same weights, asked and judged alike."""
+    the space, on the same rows from the same weights, asked and judged alike. They teach the sampler. None of them
+    wins: their seeds may be those that winners are confirmed on."""
     confirm: ConfirmSpec | None = None
 
     @model_validator(mode="after")

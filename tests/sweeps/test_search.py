@@ -374,6 +374,22 @@ def test_a_run_of_another_sweep_is_a_choice_only_as_a_whole(run: Any, point: dic
     assert [t.params for t in search.study.trials[:-1]] == ([] if point is None else [point])
 
 
+def test_what_was_learnt_from_another_search_is_not_tried_again() -> None:
+    """Both samplers have the same seed, and the other search drew its first points by it."""
+    space = {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    first = [proposal.spec for proposal in run_all(make_search(make_spec(space=space)), loss)]
+    search = make_search(make_spec(space=space), warm_start=lambda: [(run, {LOSS: 1.0}) for run in first])
+    second = [proposal.spec for proposal in run_all(search, loss)]
+    assert len(first) == len(second) == 4
+    rates = {spec.optimizer.learning_rate for spec in first} & {spec.optimizer.learning_rate for spec in second}
+    assert rates == set()
+
+
+def test_objectives_have_their_names_in_the_study() -> None:
+    search = make_search(make_spec(objectives={LOSS: "minimize", ALIGNED: "maximize"}))
+    assert search.study.metric_names == [LOSS, ALIGNED]
+
+
 def test_what_other_sweeps_found_is_held_to_the_constraints() -> None:
     """A loss of at most 1 is asked for; 3 is 2 too much."""
     content = {**BASE.model_dump(mode="json", exclude_unset=True), "optimizer": {"learning_rate": 1e-3}}
