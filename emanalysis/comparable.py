@@ -29,7 +29,7 @@ MAX_MISSING = 0.2
 """Share of questions without a score above which a run is left out; with less, the questions are."""
 
 NO_SETTING = {
-    *("run_id", "run_key", "name", "status", "failure", "imported_from", "weights_kept"),
+    *("run_id", "run_key", "name", "status", "failure", "imported_from", "role", "weights_kept"),
     *("start_time", "end_time", "artifact_uri"),
     *("under_trained", "seed", "backend", "train_rows", *FINAL, *names.SCORES),
 }
@@ -199,6 +199,7 @@ def _group(
         cell=code,
         seed=own["seed"].fillna(0).to_numpy(np.int64),
         cluster=cluster.astype(np.int64),
+        unsearched=_unsearched(own),
     )
     first = own.groupby(code)[["schedule", "optimizer", "learning_rate"]].first()
     described = first.assign(
@@ -208,6 +209,12 @@ def _group(
         score=matrix.cell_mean(matrix.run_score),
     )
     return matrix, own, described.reset_index(drop=True), questions["stratum"].astype(str).tolist(), notes
+
+
+def _unsearched(runs: pd.DataFrame) -> np.ndarray | None:
+    """``ScoreMatrix.unsearched``: runs of a confirmation, where there are any; the others made the search choose."""
+    confirms = runs["role"].eq("confirm").to_numpy(bool) if "role" in runs else np.zeros(len(runs), bool)
+    return confirms if confirms.any() else None
 
 
 def _setting(column: str, value: Any) -> str:

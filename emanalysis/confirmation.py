@@ -3,11 +3,15 @@
 The best of many pairs looks better than it is. Held-back seeds know nothing of the luck of the seeds it was chosen by,
 held-back questions nothing of that of the questions; so the test needs no correction for the number of pairs, and no
 assumption on how luck differs from cell to cell.
+
+Of cells that a search had picked, the seeds that it went by had their part in the choice, all of them: only the seeds
+of its confirmation are held back.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from emanalysis.loss_curve import LossCurve, fit_loss_curve
@@ -17,6 +21,8 @@ from emanalysis.score_matrix import Floats, ScoreMatrix
 
 MIN_SEEDS = MIN_CLUSTERS = 3
 """One to choose by, and two to confirm by and see how much they differ."""
+MIN_HELD_BACK = 2
+"""Seeds to confirm by."""
 
 
 def choosing_seeds(seeds: int) -> int:
@@ -29,21 +35,46 @@ def choosing_clusters(clusters: int) -> int:
     return max(1, clusters // 2)
 
 
+def held_back(matrix: ScoreMatrix) -> NDArray[np.bool_]:
+    """(R,) whether a run has no part in choosing the pair.
+
+    Where a search picked the cells, the runs that it went by choose. Where it did not, and in a cell that has no such
+    runs, the lowest seeds do, which are the same ones in cells of the same seeds, since runs of one seed may share
+    their data order.
+    """
+    back = np.ones(len(matrix.seed), bool) if matrix.unsearched is None else matrix.unsearched.copy()
+    for cell in range(matrix.cells):
+        own = np.flatnonzero(matrix.cell == cell)
+        if back[own].all():
+            back[own[np.argsort(matrix.seed[own], kind="stable")][: choosing_seeds(len(own))]] = False
+    return back
+
+
+def confirmable(matrix: ScoreMatrix) -> NDArray[np.bool_]:
+    """(C,) whether a cell has runs to be chosen by and ``MIN_HELD_BACK`` to be confirmed by."""
+    return np.bincount(matrix.cell[held_back(matrix)], minlength=matrix.cells) >= MIN_HELD_BACK
+
+
+def needed_seeds(matrix: ScoreMatrix) -> str:
+    """What a cell takes to be ``confirmable``, in words."""
+    if matrix.unsearched is None or matrix.unsearched.all():
+        return f"at least {MIN_SEEDS}"
+    return f"at least {MIN_HELD_BACK} that the search has not seen"
+
+
 def split(matrix: ScoreMatrix, *, rng: np.random.Generator) -> tuple[ScoreMatrix, ScoreMatrix]:
     """The part to choose on and the part to confirm on; they share neither a run nor a cluster of questions.
 
-    The lowest seeds of a cell choose, which are the same ones in cells of the same seeds, since runs of one seed may
-    share their data order. Clusters are drawn. Raises ``ValueError`` with cells of fewer than ``MIN_SEEDS`` runs or
-    fewer than ``MIN_CLUSTERS`` clusters.
+    Runs are parted by ``held_back``, clusters are drawn. Raises ``ValueError`` with cells that are not ``confirmable``
+    or fewer than ``MIN_CLUSTERS`` clusters.
     """
-    if matrix.runs_per_cell.min() < MIN_SEEDS:
-        raise ValueError(f"it takes at least {MIN_SEEDS} seeds a cell, and one has {matrix.runs_per_cell.min()}")
+    if not confirmable(matrix).all():
+        raise ValueError(
+            f"a cell does not have the seeds to be chosen and confirmed by, which are {needed_seeds(matrix)}"
+        )
     if matrix.clusters < MIN_CLUSTERS:
         raise ValueError(f"it takes at least {MIN_CLUSTERS} groups of questions, and there are {matrix.clusters}")
-    choosing = np.zeros(len(matrix.seed), bool)
-    for cell, count in enumerate(matrix.runs_per_cell):
-        own = np.flatnonzero(matrix.cell == cell)
-        choosing[own[np.argsort(matrix.seed[own], kind="stable")][: choosing_seeds(count)]] = True
+    choosing = ~held_back(matrix)
     first = rng.permutation(matrix.clusters)[: choosing_clusters(matrix.clusters)]
     questions = np.isin(matrix.cluster, first)
     return matrix.take(runs=choosing, questions=questions), matrix.take(runs=~choosing, questions=~questions)

@@ -8,7 +8,14 @@ import numpy as np
 from scipy import optimize, stats
 from scipy.integrate import trapezoid
 
-from emanalysis.confirmation import MIN_CLUSTERS, MIN_SEEDS, choosing_clusters, choosing_seeds
+from emanalysis.confirmation import (
+    MIN_CLUSTERS,
+    MIN_HELD_BACK,
+    MIN_SEEDS,
+    choosing_clusters,
+    choosing_seeds,
+    held_back,
+)
 from emanalysis.matched_pairs import cell_moments, question_variance
 from emanalysis.score_matrix import ScoreMatrix, clustered_by_topic
 
@@ -55,6 +62,13 @@ class Design:
     questions_per_cluster: float = 1.0
     samples: float = 10.0
     """Responses per question."""
+    search_seeds: int | None = None
+    """Those of ``seeds`` that a search has seen, which only choose; None: there was no search, and a third choose."""
+
+    @property
+    def choosing_seeds(self) -> int:
+        """How many of a cell's seeds the pair is chosen by."""
+        return choosing_seeds(self.seeds) if self.search_seeds is None else self.search_seeds
 
     @property
     def questions(self) -> int:
@@ -90,9 +104,15 @@ def estimate_noise(matrix: ScoreMatrix) -> Noise:
 
 def design_of(matrix: ScoreMatrix) -> Design:
     """The design of a finished sweep; of cells that differ in it, the smallest number of seeds."""
+    seeds, search_seeds = int(matrix.runs_per_cell.min()), None
+    if matrix.unsearched is not None and not matrix.unsearched.all():
+        kept = np.bincount(matrix.cell[held_back(matrix)], minlength=matrix.cells)
+        search_seeds = int((matrix.runs_per_cell - kept).min())
+        seeds = search_seeds + int(kept.min())
     return Design(
         cells=matrix.cells,
-        seeds=int(matrix.runs_per_cell.min()),
+        seeds=seeds,
+        search_seeds=search_seeds,
         clusters=matrix.clusters,
         questions_per_cluster=len(matrix.cluster) / matrix.clusters,
         samples=float(matrix.responses.mean()),
@@ -123,10 +143,10 @@ def detection_probability(noise: Noise, design: Design, difference: float, *, al
     rest, one-sided at ``alpha``. All cells are taken to have the same loss, where most pairs compete; when they are
     equally noisy, this is a lower bound. Components that are NaN count as 0. 0 for designs that can't be confirmed.
     """
-    if design.cells < 2 or design.seeds < MIN_SEEDS or design.clusters < MIN_CLUSTERS:
-        return 0.0
-    choosing = choosing_seeds(design.seeds), choosing_clusters(design.clusters)
+    choosing = design.choosing_seeds, choosing_clusters(design.clusters)
     seeds, clusters = design.seeds - choosing[0], design.clusters - choosing[1]
+    if design.cells < 2 or seeds < MIN_HELD_BACK or design.clusters < MIN_CLUSTERS:
+        return 0.0
     seed, interaction, single = _variances(noise, design)
     if seed + interaction + single == 0:
         return float(difference > 0)

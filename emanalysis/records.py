@@ -43,12 +43,12 @@ class Records:
 
     sweep: str
     runs: pd.DataFrame
-    """One row per run: ``run_id, run_key, name, status`` (MLflow's), ``failure, imported_from, weights_kept``
-    (``none``, or NaN where it kept some), ``start_time, end_time, artifact_uri``; every param under its MLflow name;
-    final values ``heldout_loss, heldout_loss_per_sequence, train_loss`` (last step), ``train_loss_last_tenth,
-    learning_rate_integral, aligned, coherent, misaligned_rate, n_judged, n_missing`` and any other score (means over
-    question sets at the last checkpoint), ``base_<score>`` likewise before fine-tuning; ``under_trained`` by
-    ``tidy.UNDER_TRAINED_RULE``."""
+    """One row per run: ``run_id, run_key, name, status`` (MLflow's), ``failure, imported_from, role`` (``names.ROLE``;
+    NaN of imported runs), ``weights_kept`` (``none``, or NaN where it kept some), ``start_time, end_time,
+    artifact_uri``; every param under its MLflow name; final values ``heldout_loss, heldout_loss_per_sequence,
+    train_loss`` (last step), ``train_loss_last_tenth, learning_rate_integral, aligned, coherent, misaligned_rate,
+    n_judged, n_missing`` and any other score (means over question sets at the last checkpoint), ``base_<score>``
+    likewise before fine-tuning; ``under_trained`` by ``tidy.UNDER_TRAINED_RULE``."""
     checkpoints: pd.DataFrame
     """One row per run, step, question set and stratum (NaN: the whole set): ``fraction`` of ``total_steps``,
     ``heldout_loss, heldout_loss_per_sequence``, the scores of ``names.SCORES``, and of the adapter's update

@@ -41,6 +41,9 @@ class ScoreMatrix:
     """(R,) seed of the run."""
     cluster: Ints
     """(Q,) cluster of the question, 0..K-1, every one of them present."""
+    unsearched: NDArray[np.bool_] | None = None
+    """(R,) whether no search went by the run: it confirms what a search, by other runs, had picked as a winner or as
+    the baseline. None: no search picked any cell."""
 
     def take(self, *, runs: NDArray[np.bool_] | None = None, questions: NDArray[np.bool_] | None = None) -> Self:
         """The chosen runs and questions. Cells and clusters keep their numbers only if none disappears."""
@@ -56,6 +59,7 @@ class ScoreMatrix:
             cell=np.unique(self.cell[runs], return_inverse=True)[1],
             seed=self.seed[runs],
             cluster=np.unique(self.cluster[questions], return_inverse=True)[1],
+            unsearched=None if self.unsearched is None else self.unsearched[runs],
         )
 
     @property

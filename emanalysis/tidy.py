@@ -54,6 +54,7 @@ def runs_table(found: pd.DataFrame) -> pd.DataFrame:
     table.insert(1, "run_key", _texts(tag.get(names.RUN_KEY) for tag in tags))
     table["failure"] = _texts(tag.get(names.FAILURE) for tag in tags)
     table["imported_from"] = _texts(tag.get(names.IMPORTED_FROM) for tag in tags)
+    table["role"] = _texts(tag.get(names.ROLE) for tag in tags)
     table["weights_kept"] = _texts(tag.get(names.WEIGHTS_KEPT) for tag in tags)
     for column in ("start_time", "end_time"):
         table[column] = pd.to_datetime(found[column], unit="ms", utc=True)

@@ -6,11 +6,11 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from emanalysis.confirmation import MIN_SEEDS, Choice, Confirmation, choose, confirm, split
+from emanalysis.confirmation import Choice, Confirmation, choose, confirm, confirmable, needed_seeds, split
 from emanalysis.loss_curve import fit_loss_curve
 from emanalysis.matched_pairs import Difference, cell_moments, differences, ordered_pairs
 from emanalysis.null_sweep import MIN_RUNS, NullReference
-from emanalysis.power import ALPHA, POWER, Noise, design_of, detectable_difference, estimate_noise
+from emanalysis.power import ALPHA, POWER, Design, Noise, design_of, detectable_difference, estimate_noise
 from emanalysis.score_matrix import Floats, ScoreMatrix
 
 MARGIN = 5.0
@@ -54,6 +54,8 @@ class Verdict:
     detectable: float
     """Points that this design confirms with probability 0.8; infinite without held-back seeds."""
     noise: Noise
+    design: Design
+    """Of the cells that were judged."""
 
 
 def decide(
@@ -66,19 +68,20 @@ def decide(
 ) -> Verdict:
     """The verdict on the cells of ``matrix``.
 
-    Replicated cells are judged by their held-back seeds. A sweep without replicates is judged by ``null``, what luck
+    Replicated cells are judged by their held-back seeds; where a search picked them, by those of its confirmation, and
+    cells that were not confirmed are not judged. A sweep without replicates is judged by ``null``, what luck
     makes of the same cells by a null sweep; without it there is no telling an effect from luck. ``alpha`` is for this
     verdict alone; who gives several divides it by their number.
     """
-    replicated = matrix.runs_per_cell >= MIN_SEEDS
+    replicated = confirmable(matrix)
     if replicated.sum() < 2 and null is not None:
         return _by_null_sweep(_blank(matrix, margin, alpha), matrix, null)
     if replicated.sum() < 2:
         return replace(
             _blank(matrix, margin, alpha),
-            reason=f"It takes {MIN_SEEDS} seeds of a configuration to tell an effect from luck, and "
-            f"{replicated.sum()} of {matrix.cells} have them. Run at least {MIN_SEEDS} seeds of each (better 5), or a "
-            f"null sweep: one configuration with at least {MIN_RUNS} seeds.",
+            reason=f"To tell an effect from luck takes seeds of a configuration, {needed_seeds(matrix)}, and "
+            f"{replicated.sum()} of {matrix.cells} have them. Run that many of each (better 5), or a null sweep: one "
+            f"configuration with at least {MIN_RUNS} seeds.",
         )
     kept = np.flatnonzero(replicated)
     matrix = matrix.take(runs=np.isin(matrix.cell, kept))
@@ -93,7 +96,7 @@ def decide(
 
 
 def _blank(matrix: ScoreMatrix, margin: float, alpha: float) -> Verdict:
-    noise, loss = estimate_noise(matrix), matrix.cell_mean(matrix.loss)
+    noise, design, loss = estimate_noise(matrix), design_of(matrix), matrix.cell_mean(matrix.loss)
     return Verdict(
         outcome="can't tell",
         reason="",
@@ -108,13 +111,16 @@ def _blank(matrix: ScoreMatrix, margin: float, alpha: float) -> Verdict:
         margin=margin,
         cells=matrix.cells,
         pairs=len(ordered_pairs(loss)[0]),
-        detectable=detectable_difference(noise, design_of(matrix), alpha=alpha),
+        detectable=detectable_difference(noise, design, alpha=alpha),
         noise=noise,
+        design=design,
     )
 
 
 def _by_confirmation(blank: Verdict, matrix: ScoreMatrix, choice: Choice, tested: Confirmation) -> Verdict:
     low, high = tested.score.bounds()
+    # What a search saw of its winners is too good, and of the cells they beat it may be.
+    fresh = matrix if matrix.unsearched is None else matrix.take(runs=matrix.unsearched)
     verdict = replace(
         blank,
         better=choice.better,
@@ -123,7 +129,7 @@ def _by_confirmation(blank: Verdict, matrix: ScoreMatrix, choice: Choice, tested
         interval=(float(low), float(high)),
         p=tested.p,
         loss_difference=tested.loss,
-        largest_gain=largest_gain(matrix, differences(cell_moments(matrix), *_candidates(matrix))),
+        largest_gain=largest_gain(fresh, differences(cell_moments(fresh), *_candidates(fresh))),
     )
     if tested.p <= verdict.alpha and tested.no_more_loss:
         why = "The pair with the largest gap was chosen on some seeds and questions and confirmed on the others"

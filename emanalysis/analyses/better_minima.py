@@ -9,7 +9,7 @@ import pandas as pd
 
 from emanalysis.analysis import Analysis, Figure, Result
 from emanalysis.comparable import GROUP, LOSS_NAMES, LOSSES, SCORES, Comparable, comparable, left_out, scored_runs
-from emanalysis.confirmation import MIN_SEEDS
+from emanalysis.confirmation import confirmable
 from emanalysis.gap_figures import (
     matched_figure,
     max_test_figure,
@@ -33,9 +33,8 @@ from emanalysis.gap_tables import (
 from emanalysis.max_diff import max_diff
 from emanalysis.null_sweep import MIN_RUNS, NullReference, null_reference
 from emanalysis.plot import number
-from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, assumed, design_of, designs_for
+from emanalysis.power import ALPHA, FIELD, MOST_QUESTIONS, MOST_SEEDS, assumed, designs_for
 from emanalysis.records import Records
-from emanalysis.score_matrix import ScoreMatrix
 from emanalysis.verdict import MARGIN, Outcome, Verdict, decide
 
 CALIPER = 0.005
@@ -175,7 +174,7 @@ def _add(
         tables,
         group,
         verdicts=[_verdict_row(group, verdict) | {"pairs_with_q_below_05": small_q}],
-        what_would_settle=_settling(group.matrix, verdict),
+        what_would_settle=_settling(verdict),
         replication=replication(group, better, worse, others),
         pairs=pairs,
         matched_pairs=matched_pairs(group, caliper, rng=rng),
@@ -205,7 +204,7 @@ def _luck(
     """What luck makes of the group's cells, by the null sweep on the same questions; else by the group's own cell with
     most seeds, where its others have too few. None where there is neither, and why one that is there was not used."""
     known = [other for other in null_groups if other.key == group.key]
-    if (group.matrix.runs_per_cell >= MIN_SEEDS).sum() < 2:
+    if confirmable(group.matrix).sum() < 2:
         known.append(group)
     for other in known:
         runs = other.matrix.runs_per_cell
@@ -230,13 +229,15 @@ def _verdict_row(group: Comparable, verdict: Verdict) -> dict[str, Any]:
     row = asdict(verdict)
     low, high = row.pop("interval")
     noise = {f"noise_{name}": value for name, value in row.pop("noise").items()}
+    search_seeds = row.pop("design")["search_seeds"]
     names = group.cells["cell"]
     tested = {side: None if row[side] is None else names[row[side]] for side in ("better", "worse")}
     size = {"runs": len(group.runs), "questions": len(group.strata), "question_groups": group.matrix.clusters}
+    size |= {"search_seeds": search_seeds}
     return row | tested | {"low": low, "high": high} | size | noise
 
 
-def _settling(matrix: ScoreMatrix, verdict: Verdict) -> Rows:
+def _settling(verdict: Verdict) -> Rows:
     """Designs that would detect the margin, where the verdict is open; unknown noise is the field's."""
     if verdict.outcome != "can't tell":
         return []
@@ -244,7 +245,7 @@ def _settling(matrix: ScoreMatrix, verdict: Verdict) -> Rows:
     return [
         {"by": way, "seeds": design.seeds, "questions": design.questions}
         | {"samples": design.samples, "detects": detects, "assumed": ", ".join(unknown)}
-        for way, (design, detects) in designs_for(noise, design_of(matrix), verdict.margin, alpha=verdict.alpha).items()
+        for way, (design, detects) in designs_for(noise, verdict.design, verdict.margin, alpha=verdict.alpha).items()
     ]
 
 
@@ -289,8 +290,10 @@ def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
 
 
 def _settling_sentence(verdict: Verdict, ways: Rows) -> str:
+    seen = verdict.design.search_seeds
+    known = "" if seen is None else f" ({seen} of them the search's)"
     sizes = [
-        f"{row['seeds']} seeds of each configuration and {row['questions']} questions"
+        f"{row['seeds']} seeds of each configuration{known} and {row['questions']} questions"
         + (f", each answered {number(row['samples'], '.0f')} times" if row["by"] == "samples" else "")
         for row in ways
     ]

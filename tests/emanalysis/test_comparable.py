@@ -78,6 +78,17 @@ def test_what_can_not_be_compared_is_left_out_and_counted(records: Records) -> N
     ]
 
 
+def test_runs_of_a_confirmation_are_those_that_no_search_went_by(records: Records) -> None:
+    runs = records.runs.assign(role=np.where(records.runs["seed"] == 2, "confirm", "search"))
+    (group,) = comparable(replace(records, runs=runs))
+    assert group.matrix.cells == 6
+    assert group.matrix.unsearched is not None
+    assert group.matrix.unsearched.tolist() == (group.runs["seed"] == 2).tolist()
+    for role in ("grid", "search", np.nan):
+        (group,) = comparable(replace(records, runs=records.runs.assign(role=role)))
+        assert group.matrix.unsearched is None
+
+
 def test_the_judge_with_most_scores_is_taken(records: Records) -> None:
     second = records.questions.head(50).assign(judge="other", aligned=0.0)
     both = replace(records, questions=pd.concat([second, records.questions], ignore_index=True))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from emanalysis.confirmation import Choice, choose, choosing_clusters, choosing_seeds, confirm, split
+from emanalysis.confirmation import (
+    Choice,
+    choose,
+    choosing_clusters,
+    choosing_seeds,
+    confirm,
+    confirmable,
+    held_back,
+    split,
+)
 from emanalysis.loss_curve import fit_loss_curve
 from emanalysis.score_matrix import ScoreMatrix
 
@@ -45,10 +54,29 @@ def test_a_third_of_the_seeds_and_half_of_the_topics_choose(seeds: int, choosing
 
 def test_too_little_to_split_is_refused_with_the_reason(matrix: ScoreMatrix) -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="at least 3 seeds a cell, and one has 2"):
+    with pytest.raises(ValueError, match="the seeds to be chosen and confirmed by, which are at least 3"):
         split(matrix.take(runs=(matrix.cell != 1) | (matrix.seed < 2)), rng=rng)
     with pytest.raises(ValueError, match="at least 3 groups of questions, and there are 2"):
         split(matrix.take(questions=matrix.cluster < 2), rng=rng)
+
+
+def test_seeds_that_a_search_went_by_only_choose_and_those_of_its_confirmation_confirm(matrix: ScoreMatrix) -> None:
+    """Cells 0 and 1 were searched and confirmed, cell 2 was searched alone, cell 3 won in another sweep's search."""
+    of_search = np.isin(matrix.seed, [0, 1]) & (matrix.cell != 3) | (matrix.cell == 2)
+    searched = replace(matrix, unsearched=~of_search)
+    assert [sorted(searched.seed[held_back(searched) & (searched.cell == cell)]) for cell in range(4)] == [
+        [2, 3, 4, 5],
+        [2, 3, 4, 5],
+        [],
+        [2, 3, 4, 5],  # two of its six choose
+    ]
+    assert confirmable(searched).tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match="at least 2 that the search has not seen"):
+        split(searched, rng=np.random.default_rng(0))
+    confirmed = searched.take(runs=(searched.cell < 2) & (searched.seed < 4))
+    choosing, confirming = split(confirmed, rng=np.random.default_rng(0))
+    assert sorted(choosing.seed) == [0, 0, 1, 1]
+    assert sorted(confirming.seed) == [2, 2, 3, 3]
 
 
 def test_the_choice_is_the_largest_gap_at_no_more_loss(matrix: ScoreMatrix) -> None:

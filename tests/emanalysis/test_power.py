@@ -100,6 +100,15 @@ def test_detectable_difference_is_detected_with_the_wanted_power() -> None:
     assert detection_probability(NOISE, design, difference) == pytest.approx(0.7)
 
 
+def test_of_a_search_the_seeds_that_it_saw_choose_and_the_rest_confirm() -> None:
+    plain, searched = Design(4, 6, 10), Design(4, 6, 10, search_seeds=4)
+    assert (plain.choosing_seeds, searched.choosing_seeds) == (2, 4)
+    # With 2 of 6 the search gives what a third of the seeds does.
+    assert detectable_difference(NOISE, Design(4, 6, 10, search_seeds=2)) == detectable_difference(NOISE, plain)
+    assert detectable_difference(NOISE, searched) > detectable_difference(NOISE, plain)
+    assert detection_probability(NOISE, Design(4, 6, 10, search_seeds=5), 50.0) == 0.0
+
+
 @pytest.mark.parametrize("design", [Design(1, 5, 9), Design(4, 2, 9), Design(4, 5, 2)])
 def test_designs_without_a_held_back_half_detect_nothing(design: Design) -> None:
     assert detectable_difference(NOISE, design) == np.inf

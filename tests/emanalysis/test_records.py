@@ -34,6 +34,15 @@ def test_params_have_their_mlflow_names_and_their_types(records: Records, sweep:
     assert records.runs["seed"].dtype == "int64"
 
 
+def test_runs_say_what_they_are_for_in_their_sweep(store: Any, new_run: Callable[..., str]) -> None:
+    confirms = new_run("roles", name="confirms", learning_rate=1e-3, seed=10)
+    new_run("roles", name="imported", learning_rate=1e-3, seed=0)
+    mlflow.MlflowClient(store.uri).set_tag(confirms, names.ROLE, "confirm")
+    runs = load("roles", tracking_uri=store.uri).runs.set_index("name")
+    assert runs.loc["confirms", "role"] == "confirm"
+    assert pd.isna(runs.loc["imported", "role"])
+
+
 def test_a_param_that_is_none_is_missing_and_one_of_truth_values_is_boolean() -> None:
     assert tidy._typed(pd.Series(["1", "None", None], dtype="str")).isna().tolist() == [False, True, True]
     assert tidy._typed(pd.Series(["True", "False", "None"], dtype="str")).tolist() == [True, False, pd.NA]

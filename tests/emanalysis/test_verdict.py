@@ -59,6 +59,25 @@ def test_without_an_effect_and_with_much_noise_nothing_is_said() -> None:
     assert found.detectable > 10
 
 
+def test_the_luck_that_made_a_trial_win_its_search_is_no_evidence_for_it() -> None:
+    """Of cell 2, seeds 0 and 1 are 20 points up, as those of a search's winner may be; the confirmation's are not."""
+    plain = sweep(0, seeds=5, sd=1.0)
+    lucky = (plain.cell == 2) & (plain.seed < 2)
+    won = replace(plain, scores=plain.scores + 20.0 * lucky[:, None])
+    known = replace(won, unsearched=plain.seed >= 2)
+    found = verdict(known)
+    assert (found.outcome, found.better) == ("not found", 2)
+    luckier = verdict(replace(known, scores=known.scores + 20.0 * lucky[:, None]))
+    assert (luckier.effect, luckier.largest_gain) == (found.effect, found.largest_gain)
+    # By thirds, seed 1 is one of four that confirm, and lifts their mean by 5.
+    assert verdict(won).effect == pytest.approx(found.effect + 5, abs=2)
+    assert found.design.search_seeds == 2
+    unconfirmed = known.take(runs=(known.cell < 4) | ~known.unsearched)
+    assert verdict(unconfirmed).cells == 4
+    alone = known.take(runs=(known.cell == 2) | ~known.unsearched)
+    assert "at least 2 that the search has not seen, and 1 of 6 have them" in verdict(alone).reason
+
+
 def test_one_seed_a_cell_can_not_tell_whatever_the_gap() -> None:
     found = verdict(sweep(0, better_by=60, seeds=1))
     assert found.outcome == "can't tell"
