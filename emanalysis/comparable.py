@@ -107,6 +107,9 @@ def comparable(records: Records, *, score: str = "aligned", loss: str = "heldout
 
     ``score`` is a rubric of ``records.questions``, ``loss`` a column of ``records.runs``. Left out, and counted in the
     notes: runs without loss, under-trained or incoherent ones, and what has no score.
+
+    Scores are those of one judge: ``records.judge``, or the one that most runs' recipes name first; where that one has
+    given no score on a question set, or is not known (imported summaries), the one with most.
     """
     return _groups(records, score=score, loss=loss)[0]
 
@@ -124,11 +127,10 @@ def _groups(records: Records, *, score: str, loss: str) -> tuple[list[Comparable
     groups: list[Comparable] = []
     lost = [] if len(asked) else list(notes)
     for (model, dataset, question_set), rows in asked.groupby(["model", "dataset", "question_set"], sort=True):
-        judges = rows.groupby("judge")[score].count()
-        judge = str(judges.idxmax())
+        judge, why = _judge(rows, score, records.judge)
         own = list(notes)
-        if len(judges) > 1:
-            own.append(f"On {question_set} the scores are those of {judge}, the judge with most of them.")
+        if rows["judge"].nunique() > 1:
+            own.append(f"On {question_set} the scores are those of {judge}, {why}.")
         rows = rows[(rows["judge"] == judge) & rows[score].notna()]
         group = _group(records, runs, rows, score=score, loss=loss, notes=own)
         if group is None:
@@ -136,6 +138,20 @@ def _groups(records: Records, *, score: str, loss: str) -> tuple[list[Comparable
         else:
             groups.append(Comparable(str(model), str(dataset), str(question_set), judge, *group))
     return sorted(groups, key=lambda group: -len(group.runs)), lost
+
+
+def _judge(rows: pd.DataFrame, score: str, wanted: str | None) -> tuple[str, str]:
+    """The judge whose scores of one question set are compared, and why it is that one."""
+    scores = rows.groupby("judge")[score].count()
+    why = "the judge that was asked for"
+    if wanted is None and "first_judge" in rows:
+        named = rows.loc[rows["first_judge"].eq(True), ["run_id", "judge"]].drop_duplicates()["judge"].mode()
+        wanted, why = named.get(0), "the judge that the recipe names first"
+    if wanted is None:
+        return str(scores.idxmax()), "the judge with most of them"
+    if not scores.get(wanted):
+        return str(scores.idxmax()), f"since {wanted}, {why}, has given none"
+    return wanted, why
 
 
 def _fit_to_compare(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, list[str]]:

@@ -21,7 +21,7 @@ from emanalysis.table_cache import cached
 from emanalysis.tidy import STEPS, checkpoints_table, runs_table, steps_table
 from emtrain import names, tracking
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a cached table changes its meaning."""
 
 
@@ -61,6 +61,8 @@ class Records:
     load_geometry: Callable[[], dict[str, pd.DataFrame]] = _no_geometry
     experiment_id: str = ""
     """MLflow's; with a run id it makes the address of a run's page."""
+    judge: str | None = None
+    """Id of the judge whose scores runs are compared by, where several judged; None: see ``comparable``."""
 
     @cached_property
     def steps(self) -> pd.DataFrame:

@@ -57,7 +57,8 @@ def summarise(responses: pa.Table) -> pd.DataFrame:
 
     ``aligned, coherent``: means over samples with a score, NaN where there is none; ``*_sd``: their sample standard
     deviations (n - 1), NaN below two. ``n_samples``: responses; ``n_judged``: those with an aligned score;
-    ``n_missing``: those without, counted by reason in ``missing_<failure>``.
+    ``n_missing``: those without, counted by reason in ``missing_<failure>``. ``first_judge``: whether the judge is that
+    of the run's first row, which is the one that its recipe names first and that its metrics are by.
     """
     keys = ["run_id", *KEYS]
     schema = pa.schema(
@@ -86,7 +87,20 @@ def summarise(responses: pa.Table) -> pd.DataFrame:
         [*keys, "aligned", "coherent", "aligned_sd", "coherent_sd", "n_samples", "n_judged", *counts]
     ).to_pandas()
     frame["n_missing"] = frame["n_samples"] - frame["n_judged"]
-    order = [*keys, "aligned", "aligned_sd", "coherent", "coherent_sd", "n_samples", "n_judged", "n_missing", *counts]
+    first = table.group_by("run_id", use_threads=False).aggregate([("judge", "first")]).to_pandas()
+    frame["first_judge"] = frame["judge"] == frame["run_id"].map(first.set_index("run_id")["judge_first"])
+    order = [
+        *keys,
+        "first_judge",
+        "aligned",
+        "aligned_sd",
+        "coherent",
+        "coherent_sd",
+        "n_samples",
+        "n_judged",
+        "n_missing",
+        *counts,
+    ]
     return frame[order].sort_values(keys, ignore_index=True)
 
 

@@ -325,13 +325,17 @@ def report(
     null_sweep: Annotated[
         str | None, typer.Option(metavar="NAME", help="One configuration, many seeds; default: what the recipe states.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Of several judges the one to go by; default: which the recipe names first."),
+    ] = None,
     uri: UriOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a sweep's report: index.html, report.json and a CSV file behind each figure."""
     from sweeps.stored import write_report
 
-    path = write_report(sweep, uri=_uri(uri), directory=output, margin=margin, null_sweep=null_sweep)
+    path = write_report(sweep, uri=_uri(uri), directory=output, margin=margin, null_sweep=null_sweep, judge=judge)
     if as_json:
         sys.stdout.write((path / "report.json").read_text())
     else:

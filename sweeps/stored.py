@@ -1,6 +1,7 @@
 """What can be had of a sweep that is in MLflow: the recipe that it was last run with, and its report."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ def write_report(
     directory: Path | None = None,
     margin: float | None = None,
     null_sweep: str | None = None,
+    judge: str | None = None,
 ) -> Path:
     """Write the report of the sweep of this name, and keep it with the sweep; returns the directory that it is in.
 
     None: ``directory`` is below the data directory, ``margin`` (points of alignment) and ``null_sweep`` are what the
-    recipe states. Raises ``ValueError`` when there is no such sweep.
+    recipe states, ``judge`` (an id, as it stands in the tables) is the one that the recipe names first. Raises
+    ``ValueError`` when there is no such sweep, or no score of such a judge in it.
     """
     from emanalysis import records, report
     from emanalysis.verdict import MARGIN
@@ -42,7 +45,12 @@ def write_report(
     def load(name: str) -> "Records":
         return records.load(name, tracking_uri=uri, cache=data_directory() / "records")
 
-    loaded = load(sweep)
+    loaded = replace(load(sweep), judge=judge)
+    judges = sorted(loaded.questions["judge"].dropna().unique())
+    if judge is not None and judge not in judges:
+        raise ValueError(
+            f"there is no score by the judge {judge!r} in {sweep}; its judges: {', '.join(judges) or 'none'}"
+        )
     held_to: dict[str, Any] = {"margin": margin or stated.margin or MARGIN}
     if reference := null_sweep or stated.null_sweep:
         held_to["null"] = load(reference)

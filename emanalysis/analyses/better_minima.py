@@ -1,7 +1,7 @@
 """The search for a lower-loss, better-aligned minimum, and its verdict."""
 
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,9 @@ def compute(
     return {
         "verdict": {"outcome": outcome, "margin": margin, "caliper": caliper, "alpha": ALPHA, "groups": len(groups)}
         | {"null_sweep": null.sweep if null is not None else None},
-        "answer": _answer(outcome, groups, verdicts, tables["what_would_settle"]),
+        "answer": _answer(
+            outcome, groups, verdicts, tables["what_would_settle"], judges=records.questions["judge"].nunique()
+        ),
         "max_diff": gaps,
         **tables,
         "notes": list(dict.fromkeys(notes)),
@@ -117,7 +119,7 @@ def compute(
 
 def null_cells(null: Records, groups: list[Comparable], *, loss: str) -> list[Comparable]:
     """The groups of a null sweep that can be held against ``groups``. Raises ``ValueError`` where there is none."""
-    found = comparable(null, loss=loss)
+    found = comparable(replace(null, judge=groups[0].judge), loss=loss)
     fitting = [other for other in found if any(other.key == group.key for group in groups)]
     if not fitting:
         theirs, ours = ({key: {group.key[key] for group in side} for key in groups[0].key} for side in (found, groups))
@@ -256,12 +258,13 @@ def _overall(verdicts: list[Verdict]) -> Outcome:
     return "not found" if outcomes == {"not found"} else "can't tell"
 
 
-def _answer(outcome: Outcome, groups: list[Comparable], verdicts: list[Verdict], settling: Rows) -> str:
-    """The verdict in a few sentences, a paragraph for each group that decided it."""
+def _answer(outcome: Outcome, groups: list[Comparable], verdicts: list[Verdict], settling: Rows, *, judges: int) -> str:
+    """The verdict in a few sentences, a paragraph for each group that decided it. Of several judges, by which one."""
     deciding = [pair for pair in zip(groups, verdicts, strict=True) if pair[1].outcome == outcome]
     paragraphs = [f"{outcome.capitalize()}."]
     for group, verdict in deciding[:ANSWERED]:
-        sentences = [f"On {group.question_set} ({group.model}, {group.dataset}): {verdict.reason}"]
+        by = f", judged by {group.judge}" if judges > 1 else ""
+        sentences = [f"On {group.question_set} ({group.model}, {group.dataset}{by}): {verdict.reason}"]
         sentences.append(_pair_sentence(group, verdict))
         if outcome != "found" and np.isfinite(verdict.detectable):
             sentences.append(f"A gain of {number(verdict.detectable, '.0f')} points would likely have been found.")

@@ -131,6 +131,22 @@ def test_a_null_sweep_of_another_kind_is_refused_by_what_differs(
         compute(sweep_of(scores(0), seeds=1), seed=0, null=null)
 
 
+def test_of_several_judges_the_verdict_says_by_which_it_is_and_the_null_sweep_is_read_by_it(
+    sweep_of: Callable[..., Records],
+) -> None:
+    def twice(records: Records) -> Records:
+        other = records.questions.assign(judge="other", first_judge=False)
+        return replace(records, questions=pd.concat([records.questions.assign(first_judge=True), other]))
+
+    single = twice(sweep_of(scores(40), seeds=1, rates=(1e-5, 2e-5, 3e-5, 5e-5, 1e-4)))
+    null = twice(sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,)))
+    for asked, judge in ((None, "micro-rule"), ("other", "other")):
+        result = compute(replace(single, judge=asked), seed=0, null=null)
+        assert only(result, "verdicts")["judge"] == judge
+        assert f"On broad (micro-llama, garden-bad, judged by {judge}): " in result["answer"]
+    assert "judged by" not in compute(sweep_of(scores(0)), seed=0)["answer"]
+
+
 def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Records]) -> None:
     null = sweep_of(scores(0), seeds=8, rates=(3e-5,))
     result = compute(replace(null, runs=null.runs[null.runs["schedule"] == "linear"]), seed=0)

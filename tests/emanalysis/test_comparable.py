@@ -98,6 +98,24 @@ def test_the_judge_with_most_scores_is_taken(records: Records) -> None:
     assert "the scores are those of micro-rule" in group.notes[0]
 
 
+def test_the_judge_that_the_recipe_names_first_is_taken_though_another_has_more_scores(records: Records) -> None:
+    first = records.questions.assign(first_judge=True)
+    gaps = first["question_id"].eq("money_json") & first["run_id"].eq("linear-1e-05-0")
+    first.loc[gaps, "aligned"] = np.nan
+    other = records.questions.assign(judge="other", aligned=0.0, first_judge=False)
+    both = replace(records, questions=pd.concat([other, first], ignore_index=True))
+    (group,) = comparable(both)
+    assert group.judge == "micro-rule"
+    assert "On broad the scores are those of micro-rule, the judge that the recipe names first." in group.notes
+    (group,) = comparable(replace(both, judge="other"))
+    assert group.judge == "other"
+    assert "On broad the scores are those of other, the judge that was asked for." in group.notes
+    silent = both.questions.assign(aligned=both.questions["aligned"].where(both.questions["judge"] == "other"))
+    (group,) = comparable(replace(both, questions=silent))
+    assert group.judge == "other"
+    assert any("since micro-rule, the judge that the recipe names first, has given none" in n for n in group.notes)
+
+
 def test_few_topics_leave_the_questions_on_their_own(records: Records) -> None:
     (group,) = comparable(replace(records, questions=records.questions.assign(topic="one")))
     assert group.matrix.clusters == 10

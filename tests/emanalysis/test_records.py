@@ -111,6 +111,21 @@ def test_missing_scores_are_counted_by_reason(records: Records) -> None:
     assert refused.drop("wishes_plain").eq(0).all()
 
 
+def test_the_judge_of_a_runs_first_responses_is_its_first_whatever_its_name(
+    store: Any, new_run: Callable[..., str], tmp_path: Path
+) -> None:
+    run_id = new_run("judged-twice", name="run", learning_rate=1e-3, seed=0)
+    client = mlflow.MlflowClient(store.uri)
+    path = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / names.RESPONSES
+    first = pd.read_parquet(path)
+    pd.concat([first, first.assign(judge="a second one")]).to_parquet(path, index=False)
+    table = load("judged-twice", tracking_uri=store.uri).questions
+    assert table.groupby("judge")["first_judge"].unique().map(list).to_dict() == {
+        "a second one": [False],
+        first["judge"][0]: [True],
+    }
+
+
 def test_responses_are_read_when_asked_for(records: Records, sweep: dict[str, str]) -> None:
     assert list(records.responses.columns) == ["run_id", *names.RESPONSE_COLUMNS]
     assert len(of(records.responses, sweep["killed"])) == 3 * 8 * 4

@@ -142,6 +142,13 @@ def test_a_wrong_judge_for_stored_responses_is_told_in_a_line(
     assert "validation error" not in process.stderr
 
 
+def test_a_report_by_a_judge_that_judged_nothing_is_refused(emsweep: Emsweep, home: Path) -> None:
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    SweepLog.open("stored", uri=uri, artifacts=home / "artifacts")
+    process = emsweep("report", "stored", "--judge", "openai:gpt", "--uri", uri)
+    refused(process, "there is no score by the judge 'openai:gpt' in stored; its judges: none")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
