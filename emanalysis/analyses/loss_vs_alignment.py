@@ -56,10 +56,16 @@ def compute(records: Records, *, seed: int) -> Result:
             rungs += [named | {"loss": loss, **rung} for rung in r2_ladder(kept, loss, rng)]
             points += _points(kept, loss)
     notes = [f"Groups of fewer than {MIN_RUNS} runs were left out ({', '.join(small)})."] if small else []
+    told = [rung for rung in rungs if rung["n_cells"] > rung["parameters"] + 1]
+    if len(told) < len(rungs):
+        notes.append(
+            f"Of {len(rungs)} models of what explains alignment, {len(rungs) - len(told)} were left out: one of p "
+            "parameters needs p + 2 configurations, or it fits them whatever they are."
+        )
     return {
         "answer": _answer(associations),
         "associations": associations,
-        "r2_ladder": rungs,
+        "r2_ladder": told,
         "points": points,
         "notes": notes,
     }
@@ -178,7 +184,8 @@ def figures(result: Result) -> list[Figure]:
     drawn = [_scatter(points)]
     associations = pd.DataFrame(result["associations"])
     drawn.append(_forest(associations))
-    drawn.append(_ladder_figure(pd.DataFrame(result["r2_ladder"])))
+    if result["r2_ladder"]:
+        drawn.append(_ladder_figure(pd.DataFrame(result["r2_ladder"])))
     return drawn
 
 

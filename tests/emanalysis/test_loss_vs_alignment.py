@@ -49,6 +49,23 @@ def test_the_ladder_credits_schedules_with_what_the_loss_leaves(falling: Records
     assert schedule["n_cells"] == 6
 
 
+def test_models_with_hardly_fewer_parameters_than_cells_are_left_out_and_counted(
+    sweep_of: Callable[..., Records], falling: Records
+) -> None:
+    """Intercept and log loss are 2 parameters, and 3 with the schedule: of 4 cells, the first two rungs are told."""
+    rng = np.random.default_rng(0)
+    of_four = sweep_of(lambda run, question: 50 + rng.normal(0, 5), rates=(1e-5, 3e-5))
+    result = plain(loss_vs_alignment.compute(of_four, seed=0))
+    rows = [row for row in result["r2_ladder"] if row["stratum"] == "all questions"]
+    assert [(row["added"], row["parameters"]) for row in rows] == [("log loss", 2), ("+ optimiser", 2)]
+    assert "Of 9 models of what explains alignment, 3 were left out" in result["notes"][-1]
+    of_two = sweep_of(lambda run, question: 50 + rng.normal(0, 5), rates=(1e-5,))
+    result = plain(loss_vs_alignment.compute(of_two, seed=0))
+    assert result["r2_ladder"] == []
+    assert [figure.table for figure in loss_vs_alignment.figures(result)] == ["points", "associations"]
+    assert loss_vs_alignment.compute(falling, seed=0)["notes"] == []
+
+
 def test_under_trained_runs_are_in_and_out(falling: Records) -> None:
     runs = falling.runs.assign(under_trained=falling.runs["seed"] == 0)
     table = pd.DataFrame(
