@@ -56,10 +56,10 @@ def confirmable(matrix: ScoreMatrix) -> NDArray[np.bool_]:
 
 
 def needed_seeds(matrix: ScoreMatrix) -> str:
-    """What a cell takes to be ``confirmable``, in words."""
+    """What it takes to be ``confirmable``, in words."""
     if matrix.unsearched is None or matrix.unsearched.all():
-        return f"at least {MIN_SEEDS}"
-    return f"at least {MIN_HELD_BACK} that the search has not seen"
+        return f"at least {MIN_SEEDS} seeds of a configuration"
+    return f"at least {MIN_HELD_BACK} seeds of a configuration that the search has not seen"
 
 
 def split(matrix: ScoreMatrix, *, rng: np.random.Generator) -> tuple[ScoreMatrix, ScoreMatrix]:
@@ -69,9 +69,7 @@ def split(matrix: ScoreMatrix, *, rng: np.random.Generator) -> tuple[ScoreMatrix
     or fewer than ``MIN_CLUSTERS`` clusters.
     """
     if not confirmable(matrix).all():
-        raise ValueError(
-            f"a cell does not have the seeds to be chosen and confirmed by, which are {needed_seeds(matrix)}"
-        )
+        raise ValueError(f"it takes {needed_seeds(matrix)}, and one has fewer")
     if matrix.clusters < MIN_CLUSTERS:
         raise ValueError(f"it takes at least {MIN_CLUSTERS} groups of questions, and there are {matrix.clusters}")
     choosing = ~held_back(matrix)

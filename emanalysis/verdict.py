@@ -79,9 +79,9 @@ def decide(
     if replicated.sum() < 2:
         return replace(
             _blank(matrix, margin, alpha),
-            reason=f"To tell an effect from luck takes seeds of a configuration, {needed_seeds(matrix)}, and "
-            f"{replicated.sum()} of {matrix.cells} have them. Run that many of each (better 5), or a null sweep: one "
-            f"configuration with at least {MIN_RUNS} seeds.",
+            reason=f"It takes {needed_seeds(matrix)} to tell an effect from luck, and {replicated.sum()} of "
+            f"{matrix.cells} have them. Run that many of each (better 5), or a null sweep: one configuration with at "
+            f"least {MIN_RUNS} seeds.",
         )
     kept = np.flatnonzero(replicated)
     matrix = matrix.take(runs=np.isin(matrix.cell, kept))

@@ -54,7 +54,7 @@ def test_a_third_of_the_seeds_and_half_of_the_topics_choose(seeds: int, choosing
 
 def test_too_little_to_split_is_refused_with_the_reason(matrix: ScoreMatrix) -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="the seeds to be chosen and confirmed by, which are at least 3"):
+    with pytest.raises(ValueError, match="it takes at least 3 seeds of a configuration, and one has fewer"):
         split(matrix.take(runs=(matrix.cell != 1) | (matrix.seed < 2)), rng=rng)
     with pytest.raises(ValueError, match="at least 3 groups of questions, and there are 2"):
         split(matrix.take(questions=matrix.cluster < 2), rng=rng)
@@ -71,7 +71,7 @@ def test_seeds_that_a_search_went_by_only_choose_and_those_of_its_confirmation_c
         [2, 3, 4, 5],  # two of its six choose
     ]
     assert confirmable(searched).tolist() == [True, True, False, True]
-    with pytest.raises(ValueError, match="at least 2 that the search has not seen"):
+    with pytest.raises(ValueError, match="at least 2 seeds of a configuration that the search has not seen"):
         split(searched, rng=np.random.default_rng(0))
     confirmed = searched.take(runs=(searched.cell < 2) & (searched.seed < 4))
     choosing, confirming = split(confirmed, rng=np.random.default_rng(0))
