@@ -107,16 +107,22 @@ def write(
 
 
 def overview(records: Records) -> dict[str, Any]:
-    """What the sweep was: settings, runs by status, questions, judges, and responses with and without a score."""
+    """What the sweep was: settings, runs by status, questions, judges, responses, and scores that there are and not.
+
+    ``responses`` counts each response once, whoever judged it; ``judged`` and ``missing`` count scores, one for each
+    response and judge.
+    """
     runs, questions = records.runs, records.questions
+    scores = _distinct(records)
+    asked = scores.drop_duplicates(_RESPONSE)
     settings = {
         column: sorted(runs[column].dropna().unique().tolist())
         for column in ("model", "family", "dataset", "schedule", "optimizer", "learning_rate", "seed", "backend")
         if column in runs
     }
     reasons = {
-        column.removeprefix("missing_"): int(questions[column].sum())
-        for column in questions.columns
+        column.removeprefix("missing_"): int(scores[column].sum())
+        for column in scores.columns
         if column.startswith("missing_")
     }
     return {
@@ -129,13 +135,30 @@ def overview(records: Records) -> dict[str, Any]:
         "settings": settings,
         "question_sets": questions.groupby("question_set")["question_id"].nunique().to_dict(),
         "judges": sorted(questions["judge"].dropna().unique().tolist()),
-        "responses": _total(questions, "n_samples"),
-        "judged": _total(questions, "n_judged"),
-        "missing": _total(questions, "n_missing"),
+        "responses": _total(asked, "n_samples"),
+        "judged": _total(scores, "n_judged"),
+        "missing": _total(scores, "n_missing"),
         "missing_by_reason": reasons,
         "first_start": runs["start_time"].min(),
         "last_end": runs["end_time"].max(),
     }
+
+
+_RESPONSE = ["source", "step", "question_set", "question_id"]
+
+
+def _distinct(records: Records) -> pd.DataFrame:
+    """``records.questions`` with one row for each question, judge and ``source`` of responses: a run, or a base model.
+
+    All runs of a model keep what it said before fine-tuning, which was sampled once: that run counts in which the judge
+    gave most scores.
+    """
+    questions = records.questions.merge(records.runs[["run_id", "model"]], on="run_id", how="left")
+    base = questions["step"] == 0
+    questions["source"] = questions["run_id"].where(~base, questions["model"])
+    if "n_judged" in questions:
+        questions = questions.sort_values("n_judged", ascending=False, kind="stable")
+    return questions.drop_duplicates([*_RESPONSE, "judge"])
 
 
 def _total(table: pd.DataFrame, column: str) -> int | None:

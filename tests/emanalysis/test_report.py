@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,22 @@ def test_report_json_holds_every_analysis_under_its_name_and_no_nan(written: Pat
     numbers = json.loads((written / "report.json").read_text(), parse_constant=refuse)
     assert {"sweep", "runs", *report.analyses()} == set(numbers)
     assert numbers["sweep"]["status"] == {"FINISHED": 8, "FAILED": 1, "KILLED": 1}
-    assert numbers["sweep"]["missing_by_reason"] == {"refused": 8 * 4 + 3}
+    assert numbers["sweep"]["missing_by_reason"] == {"refused": 1 + 8 * 3 + 2}
     assert len(numbers["runs"]) == 10
+
+
+def test_a_response_counts_once_whoever_judged_it_and_the_base_models_once_whichever_run_keeps_it(
+    records: Records, tmp_path: Path
+) -> None:
+    """8 questions x 4 samples of the base, at 3 points of 8 runs and at 2 of the killed one; one of 32 is refused."""
+    one = report.overview(records)
+    assert (one["responses"], one["missing"]) == (32 * (1 + 8 * 3 + 2), 1 + 8 * 3 + 2)
+    second = records.questions.assign(judge="second", n_judged=4, n_missing=0, missing_refused=0)
+    twice = replace(records, questions=pd.concat([records.questions, second], ignore_index=True))
+    two = report.overview(twice)
+    assert (two["responses"], two["judged"], two["missing"]) == (864, 2 * 864 - 27, 27)
+    words = " ".join(Page(report.write(twice, tmp_path)).words.split())
+    assert "864 27 scores of 2 judges missing: 27 refused" in words
 
 
 def test_every_figure_has_the_table_it_was_drawn_from(written: Path, page: Page) -> None:
