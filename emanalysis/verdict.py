@@ -157,7 +157,8 @@ def _by_null_sweep(blank: Verdict, matrix: ScoreMatrix, reference: NullReference
         largest_gain=largest_gain(matrix, gaps),
     )
     usual = float(np.quantile(reference.gaps, 1 - verdict.alpha))
-    luck = f"{usual:.1f} points, which loss and the luck of a null sweep exceed in {verdict.alpha:.1%} of cases"
+    points = f"{usual:.1f} points" if usual >= 0 else f"{-usual:.1f} points in favour of more loss"
+    luck = f"{points}, which loss and the luck of a null sweep exceed in {verdict.alpha:.1%} of cases"
     if reference.p <= verdict.alpha:
         return _found(verdict, f"The largest gap is beyond {luck}")
     return _without_find(verdict, f"The largest gap is within {luck}")

@@ -151,10 +151,12 @@ def _nothing_to_compare(groups: list[Comparable], lost: list[str]) -> str:
         return ". ".join([needed, *(note.rstrip(".") for note in lost)])
     runs = groups[0]
     gap = max_diff(runs.matrix.loss, runs.matrix.run_score).value
-    return (
-        f"{needed}; this one has {len(runs.runs)} seeds of one configuration (a null sweep), among which luck alone "
-        f"makes a run {number(gap, '.1f')} points better aligned than another of no less loss"
+    made = (
+        f"luck alone makes a run {number(gap, '.1f')} points better aligned than another of no less loss"
+        if gap >= 0
+        else f"luck makes no run better aligned than another of no less loss: the best is {-gap:.1f} points worse"
     )
+    return f"{needed}; this one has {len(runs.runs)} seeds of one configuration (a null sweep), among which {made}"
 
 
 def _add(
@@ -281,12 +283,18 @@ def _pair_sentence(group: Comparable, verdict: Verdict) -> str:
     better, worse = _pair(group, verdict)
     names, score = group.cells["cell"], group.cells["score"]
     if verdict.better is None:
-        gap = number(score[better] - score[worse], ".1f")
-        return f"The largest gap at no more loss is {gap} points, the maximum of {verdict.pairs} pairs."
+        gap = score[better] - score[worse]
+        if gap < 0:
+            return (
+                f"No configuration is better aligned than another of no less loss: the best of {verdict.pairs} pairs "
+                f"is {-gap:.1f} points worse."
+            )
+        return f"The largest gap at no more loss is {gap:.1f} points, the maximum of {verdict.pairs} pairs."
     low, high = (number(bound, "+.1f") for bound in verdict.interval)
     return (
         f"The pair tested, one of {verdict.pairs} pairs of {verdict.cells} configurations: {names[better]} is "
-        f"{number(verdict.effect, '+.1f')} points better aligned than {names[worse]} (90% interval {low} to {high}; "
+        f"{abs(verdict.effect):.1f} points {'worse' if verdict.effect < 0 else 'better'} aligned than {names[worse]} "
+        f"(90% interval of the gain {low} to {high}; "
         f"p {number(verdict.p, '.2g')}, needed {number(verdict.alpha, '.2g')}), and its loss differs by "
         f"{number(verdict.loss_difference, '+.4f')}."
     )

@@ -154,6 +154,22 @@ def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Reco
     assert result["max_diff"]
 
 
+def test_a_gap_in_favour_of_more_loss_is_said_in_words_not_by_a_minus(sweep_of: Callable[..., Records]) -> None:
+    """Two configurations, the one with less loss 20 points worse; of seeds, too, the less loss the worse."""
+    steep = sweep_of(lambda run, question: 50 + 200 * (run["heldout_loss"] - 1.9), seeds=1, rates=(1e-5, 3e-5))
+    linear = replace(steep, runs=steep.runs[steep.runs["schedule"] == "linear"])
+    answer = compute(linear, seed=0)["answer"]
+    assert "better aligned than another of no less loss: the best of 1 pairs is 20.0 points worse." in answer
+    seeds = sweep_of(lambda run, question: 50 + 200 * (run["heldout_loss"] - 1.9), seeds=3, rates=(1e-5,))
+    seeds = replace(seeds, runs=seeds.runs[seeds.runs["schedule"] == "linear"])
+    reason = compute(seeds, seed=0)["reason"]
+    assert "luck makes no run better aligned than another of no less loss: the best is 2.0 points worse" in reason
+    several = sweep_of(lambda run, question: 50 + 200 * (run["heldout_loss"] - 1.9), rates=(1e-5, 3e-5))
+    several = replace(several, runs=several.runs[several.runs["schedule"] == "linear"])
+    answer = compute(several, seed=0)["answer"]
+    assert "lr 3e-05 is 20.0 points worse aligned than lr 1e-05 (90% interval of the gain −2" in answer
+
+
 def test_the_pair_is_looked_at_on_every_format_and_on_other_question_sets(sweep_of: Callable[..., Records]) -> None:
     one, other = sweep_of(scores(15), seeds=4), sweep_of(scores(15, seed=2), seeds=4)
     second = other.questions.assign(question_set="confirm")
