@@ -62,7 +62,8 @@ def compute(
     """Every way of looking for a better minimum, and the verdict.
 
     ``null`` is a null sweep: one cell with at least five seeds, of the same model and dataset, asked and judged alike,
-    for sweeps whose cells have one seed; None takes the sweep's own cell with most seeds, where it has that many.
+    for sweeps whose cells have one seed; None takes the sweep's own cell with most seeds, where it has that many. Of
+    several cells it is the one with most seeds; those that a search proposed or picked are never taken.
     ``margin`` is the gain, in points, that would matter. ``caliper`` is the largest difference of log losses that
     counts as equal loss.
 
@@ -82,19 +83,19 @@ def compute(
         f"Loss is the {LOSS_NAMES[loss]}; runs of one configuration (a cell) differ in the seed alone.",
         f"The margin, the gain that would matter, is {margin:g} points.",
         *(
-            f"The null sweep is {null.sweep}: {other.matrix.runs_per_cell.max()} seeds of {_where(other)}."
+            f"The null sweep is {null.sweep}: {other.matrix.runs_per_cell[cell]} seeds of {_where(other, cell)}."
             for other in null_groups
-            if null is not None
+            if null is not None and (cell := plain_cell(other)) is not None
         ),
     ]
     for group in groups:
         # One stream per group, so that a group's numbers do not depend on which others there are.
         rng = np.random.default_rng([seed, zlib.crc32(repr(group.key).encode())])
         # A stream of its own, so that a null sweep the verdict has no use for does not change it.
-        luck, unused = _luck(group, null_groups, rng.spawn(1)[0])
+        luck, on_luck = _luck(group, null_groups, rng.spawn(1)[0])
         verdict = decide(group.matrix, rng=rng, null=luck, margin=margin, alpha=ALPHA / len(groups))
         verdicts.append(verdict)
-        notes += group.notes + unused
+        notes += group.notes + on_luck
         others = [other for other in groups if other is not group and _run_kind(other) == _run_kind(group)]
         notes += _add(tables, group, others, verdict, caliper=caliper, margin=margin, rng=rng)
         if luck is not None:
@@ -129,20 +130,37 @@ def null_cells(null: Records, groups: list[Comparable], *, loss: str) -> list[Co
             f"the null sweep {null.sweep} has {'; '.join(told) if found else 'no finished and scored runs'}. It takes "
             "one of the same model and dataset, asked and judged alike"
         )
-    most = max(int(other.matrix.runs_per_cell.max()) for other in fitting)
-    if most < MIN_RUNS:
+    if all(plain_cell(other) is None for other in fitting):
+        most = max(int(other.matrix.runs_per_cell.max()) for other in fitting)
+        if most >= MIN_RUNS:
+            raise ValueError(
+                f"the null sweep {null.sweep} has a search, whose configurations were picked for how their runs came "
+                f"out, and no other configuration with at least {MIN_RUNS} finished seeds. Train one with that many"
+            )
         raise ValueError(
             f"the null sweep {null.sweep} has {most} finished seeds of a configuration; at least {MIN_RUNS} are needed"
         )
     return fitting
 
 
+def plain_cell(group: Comparable) -> int | None:
+    """The cell with most seeds of those that no search proposed or picked; None where none has ``MIN_RUNS``."""
+    seeds = group.matrix.runs_per_cell
+    if "role" in group.runs:
+        seeds = seeds.copy()
+        seeds[group.matrix.cell[group.runs["role"].isin(["search", "confirm"])]] = 0
+    return int(seeds.argmax()) if seeds.max() >= MIN_RUNS else None
+
+
 def _listed(values: set[str]) -> str:
     return " and ".join(sorted(values))
 
 
-def _where(group: Comparable) -> str:
-    return f"one configuration of {group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
+def _where(group: Comparable, cell: int) -> str:
+    asked = f"{group.model} on {group.dataset}, asked {group.question_set}, judged by {group.judge}"
+    if group.matrix.cells == 1:
+        return f"one configuration of {asked}"
+    return f"{group.cells['cell'][cell]}, one of {group.matrix.cells} configurations of {asked}"
 
 
 def _nothing_to_compare(groups: list[Comparable], lost: list[str]) -> str:
@@ -206,18 +224,22 @@ def _luck(
     group: Comparable, null_groups: list[Comparable], rng: np.random.Generator
 ) -> tuple[NullReference | None, list[str]]:
     """What luck makes of the group's cells, by the null sweep on the same questions; else by the group's own cell with
-    most seeds, where its others have too few. None where there is neither, and why one that is there was not used."""
+    most seeds, where its others have too few. None where there is neither; and notes: why one that is there was not
+    used, or which cell of its own the group is judged by."""
     known = [other for other in null_groups if other.key == group.key]
     if confirmable(group.matrix).sum() < 2:
         known.append(group)
     for other in known:
-        runs = other.matrix.runs_per_cell
-        if runs.max() >= MIN_RUNS:
-            null = other.matrix.take(runs=other.matrix.cell == runs.argmax())
-            try:
-                return null_reference(group.matrix, null, rng=rng), []
-            except ValueError as error:
-                return None, [f"The null sweep was not used on {group.question_set}: {error}."]
+        cell = plain_cell(other)
+        if cell is None:
+            continue
+        null = other.matrix.take(runs=other.matrix.cell == cell)
+        try:
+            reference = null_reference(group.matrix, null, rng=rng)
+        except ValueError as error:
+            return None, [f"The null sweep was not used on {group.question_set}: {error}."]
+        own = f"Luck is that of {len(null.loss)} seeds of the sweep's own {_where(group, cell)}."
+        return reference, [own] if other is group else []
     return None, []
 
 

@@ -88,7 +88,11 @@ def test_the_null_sweep_and_the_margin_are_on_record(sweep_of: Callable[..., Rec
     null = replace(sweep_of(scores(0, seed=1), seeds=10, rates=(3e-5,)), sweep="luck")
     result = compute(single, seed=0, null=null, margin=3.0)
     assert (result["verdict"]["null_sweep"], result["verdict"]["margin"]) == ("luck", 3.0)
-    assert "The null sweep is luck: 10 seeds of one configuration of micro-llama on garden" in " ".join(result["notes"])
+    several = "The null sweep is luck: 10 seeds of cosine_restarts, cycles 4, one of 2 configurations of micro-llama on"
+    assert several in " ".join(result["notes"])
+    one = replace(null, runs=null.runs[null.runs["schedule"] == "linear"])
+    notes = " ".join(compute(single, seed=0, null=one)["notes"])
+    assert "The null sweep is luck: 10 seeds of one configuration of micro-llama on garden" in notes
     assert "the gain that would matter, is 3 points" in " ".join(result["notes"])
 
 
@@ -145,6 +149,27 @@ def test_of_several_judges_the_verdict_says_by_which_it_is_and_the_null_sweep_is
         assert only(result, "verdicts")["judge"] == judge
         assert f"On broad (micro-llama, garden-bad, judged by {judge}): " in result["answer"]
     assert "judged by" not in compute(sweep_of(scores(0)), seed=0)["answer"]
+
+
+def test_luck_is_never_that_of_what_a_search_picked(sweep_of: Callable[..., Records]) -> None:
+    """Of a searched sweep, cosine_restarts was confirmed on more seeds than linear, a cell of its grid, has."""
+    single = sweep_of(scores(0), seeds=1)
+    both = replace(sweep_of(scores(0, seed=1), seeds=8, rates=(3e-5,)), sweep="searched")
+    winner = both.runs["schedule"] == "cosine_restarts"
+    searched = both.runs.assign(role=np.where(winner, np.where(both.runs["seed"] < 2, "search", "confirm"), "grid"))
+    kept = replace(both, runs=searched[winner | (searched["seed"] < 6)])
+    notes = " ".join(compute(single, seed=0, null=kept)["notes"])
+    assert "The null sweep is searched: 6 seeds of linear, one of 2" in notes
+    few = replace(both, runs=searched[winner | (searched["seed"] < 4)])
+    with pytest.raises(ValueError, match=r"searched has a search, .* no other configuration with at least 5 finished"):
+        compute(single, seed=0, null=few)
+
+
+def test_the_cell_of_its_own_that_a_sweep_is_judged_by_is_named(sweep_of: Callable[..., Records]) -> None:
+    several = sweep_of(scores(0), seeds=6)
+    one_each = (several.runs["run_id"].str.startswith("linear-1e-05")) | (several.runs["seed"] == 0)
+    notes = " ".join(compute(replace(several, runs=several.runs[one_each]), seed=0)["notes"])
+    assert "Luck is that of 6 seeds of the sweep's own linear, lr 1e-05, one of 6 configurations" in notes
 
 
 def test_a_null_sweep_on_its_own_is_told_what_it_is(sweep_of: Callable[..., Records]) -> None:
