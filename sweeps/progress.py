@@ -79,7 +79,7 @@ class Board:
         return done, round(known * (self.total - self.already_done) / max(len(runs), 1))
 
     def advanced(self) -> None:
-        """A run came to an evaluation point. The first to do so ends the time of preparation."""
+        """A run came to an evaluation point, or to its end. The first to do so ends the time of preparation."""
         if self.measured_from[1] == 0:
             self.measured_from = self.clock(), self.steps[0]
 
@@ -147,6 +147,8 @@ class Display:
         """The run is over; ``failure`` says why, where that is before its end."""
         run = self.board.runs[run_key]
         run.status, run.failure = status, failure
+        # A run that a former call had nearly finished has no evaluation point but its end.
+        self.board.advanced()
         _read(run, metrics)
         if self._live is None:
             self.console.print(visible(line(self.board, run)), highlight=False, markup=False, soft_wrap=True)

@@ -164,6 +164,19 @@ def test_time_left_is_told_from_the_steps_since_runs_came_to_advance() -> None:
     assert board.seconds_left() == pytest.approx(12)
 
 
+def test_the_time_of_preparation_is_no_step_of_runs_that_were_nearly_finished_before() -> None:
+    """Started again, a run comes to its end after 100 s, with no evaluation point before it, and one 6 s later."""
+    clock = Clock()
+    board = make_board("a", "b", "c", "d", clock=clock)
+    display, _ = make_display(board, terminal=False)
+    clock.now += 100
+    display.ended("a", "FINISHED", metrics(10, 0.5, 90), None)
+    assert board.seconds_left() is None
+    clock.now += 6
+    display.ended("b", "FINISHED", metrics(10, 0.5, 90), None)
+    assert board.seconds_left() == pytest.approx(12)
+
+
 def test_runs_that_a_search_is_still_to_find_count_as_left() -> None:
     """Two of ten runs are known and one of them is done after 4 seconds: nine times 4 seconds are left."""
     now = [0.0]
