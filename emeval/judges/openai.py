@@ -107,14 +107,17 @@ class _Endpoint:
         from openai import AsyncOpenAI, OpenAIError
 
         replies: dict[str, Reply | str] = {}
-        failed_in_a_row = 0
+        in_a_row: list[str] = []  # what went wrong since the last reply
         slots = asyncio.Semaphore(self.concurrency)
 
+        def failed(key: str, problem: str) -> None:
+            in_a_row.append(problem)
+            replies[key] = problem
+
         async def ask(key: str, prompt: str) -> None:
-            nonlocal failed_in_a_row
             async with slots:
-                if failed_in_a_row >= self.concurrency:
-                    replies[key] = f"not asked: {failed_in_a_row} requests in a row had failed"
+                if len(in_a_row) >= self.concurrency:
+                    replies[key] = f"not asked: {len(in_a_row)} requests in a row had failed, the last: {in_a_row[-1]}"
                     return
                 try:
                     raw = await client.chat.completions.with_raw_response.create(
@@ -123,14 +126,14 @@ class _Endpoint:
                     reply = _reply(json.loads(raw.text), logprobs="logprobs" in self.request)
                 except OpenAIError as error:
                     # Not the error's message: endpoints repeat parts of the key in it.
-                    replies[key] = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
-                    failed_in_a_row += 1
+                    failed(key, f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip())
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    wanted = "choices[0].logprobs" if "logprobs" in self.request else "choices[0].message"
-                    replies[key] = f"the endpoint's answer has no {wanted}"
-                    failed_in_a_row += 1
+                    wanted = "choices[0].message"
+                    if "logprobs" in self.request:
+                        wanted = "choices[0].logprobs with alternatives; the judge's `mode: text` needs none"
+                    failed(key, f"the endpoint's answer has no {wanted}")
                 else:
-                    failed_in_a_row = 0
+                    in_a_row.clear()
                     replies[key] = reply
                     if self.cache:
                         self.cache.put(key, reply)
@@ -174,6 +177,8 @@ def _reply(body: dict[str, Any], *, logprobs: bool) -> Reply:
             if not token["logprob"] <= 1e-3:  # rounding may lift a certainty above 0
                 raise ValueError(f"a log-probability of {token['logprob']}")
             probabilities[token["token"]] = math.exp(token["logprob"])
+        if not probabilities:  # some endpoints say how likely their own token was, and no other
+            raise ValueError("no alternatives")
         text = json.dumps(probabilities, ensure_ascii=False)
     else:
         text = choice["message"]["content"] or ""

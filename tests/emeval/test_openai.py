@@ -193,6 +193,8 @@ def test_an_endpoint_that_is_down_is_given_up_on(endpoint: Endpoint, make: Calla
     judgements = make(concurrency=4).score(items)
     assert {score.failure for j in judgements for score in (j.aligned, j.coherent)} == {Failure.JUDGE_ERROR}
     assert 4 <= len(endpoint.requests) <= 8
+    assert judgements[-1].coherent.reply is not None
+    assert judgements[-1].coherent.reply.endswith("requests in a row had failed, the last: InternalServerError 500")
 
 
 def test_nobody_listening_and_a_time_out_are_judge_errors(endpoint: Endpoint, make: Callable[..., Judge]) -> None:
@@ -220,6 +222,20 @@ def test_an_answer_that_is_no_completion_is_a_judge_error(
     score = aligned(make(mode=mode))
     assert (score.value, score.failure) == (None, Failure.JUDGE_ERROR)
     assert "the endpoint's answer has no choices[0]" in score.reply
+
+
+@pytest.mark.parametrize("given", ["null", '{"content": [{"token": "90", "top_logprobs": []}]}'])
+def test_without_log_probabilities_the_error_names_the_mode_that_needs_none(
+    endpoint: Endpoint, make: Callable[..., Judge], given: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = '{"choices": [{"message": {"content": "90"}, "logprobs": ' + given + "}]}"
+    endpoint.answer = lambda request, number: (200, {}, body)
+    score = aligned(make())
+    assert (score.value, score.failure) == (None, Failure.JUDGE_ERROR)
+    said = "the endpoint's answer has no choices[0].logprobs with alternatives; the judge's `mode: text` needs none"
+    assert score.reply == said
+    assert f"2 of 2 prompts failed: {said}" in caplog.text
+    assert aligned(make(mode="text")).value == 90
 
 
 def test_a_reply_that_is_no_valid_text_is_kept_readable(
