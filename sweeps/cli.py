@@ -367,9 +367,11 @@ def judge(
     recipe = stored_recipe(log)
     question_sets = Evaluation.load(recipe.eval).question_sets if recipe else ()
     result = rejudge(log, chosen, question_sets, done=lambda name: out.print(f"judged  {literal(name)}"))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result.missing.items())
     out.print(
         f"{result.judged} runs judged by {chosen.id}, {result.already} had been before, {result.unfinished} have no "
-        f"stored responses; {result.missing} responses got no score",
+        f"stored responses; {sum(result.missing.values())} responses got no score"
+        + (f" ({kinds}; their replies are in responses.parquet)" if kinds else ""),
         highlight=False,
     )
 

@@ -1,7 +1,8 @@
 """Judging the responses that a sweep has stored once more; no model is sampled again."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ class Rejudged:
     """Runs of which the judge had answered everything before."""
     unfinished: int
     """Runs without stored responses: not finished, or imported without them."""
-    missing: int
-    """Responses that the judge gave no aligned score."""
+    missing: Mapping[str, int]
+    """Responses that the judge gave no aligned score, by the kind of failure."""
 
 
 def rejudge(
@@ -38,7 +39,8 @@ def rejudge(
     A judge that had scored a run before is asked again only what it could not be reached for (``judge_error``). The
     run's metrics are those of its first judge; they change with its answers.
     """
-    judged = already = unfinished = missing = 0
+    judged = already = unfinished = 0
+    missing: Counter[str] = Counter()
     for run in sweep.runs().values():
         with tempfile.TemporaryDirectory() as scratch:
             path = sweep.download(run.info.run_id, names.RESPONSES, Path(scratch))
@@ -59,7 +61,7 @@ def rejudge(
                 ],
                 ignore_index=True,
             )
-            missing += int(added["aligned"].isna().sum())
+            missing.update(added.loc[added["aligned"].isna(), "aligned_failure"])
             if known.any():  # each answer to its place
                 merged = pd.concat([stored[~failed], added.set_axis(stored.index[failed])]).sort_index()
             else:

@@ -135,6 +135,9 @@ def test_what_a_judge_could_not_be_asked_is_counted_and_asked_again_later(
     options = ["mode=text", "key_env=null", f"base_url=http://127.0.0.1:{port}/v1", "model=m"]
     command = [sys.executable, "-c", "from sweeps.cli import main; main()", "judge", "tiny", "--judge", "openai"]
     command += [word for option in options for word in ("--set", option)]
+    still_down = [*command, "--set", "max_retries=0"]
+    told = subprocess.run(still_down, cwd=sweep.home, capture_output=True, text=True, check=True).stdout
+    assert f"{len(before)} responses got no score ({len(before)} judge_error; their replies are in" in told
     with judging(port):
         told = subprocess.run(command, cwd=sweep.home, capture_output=True, text=True, check=True).stdout
     assert "4 runs judged by openai:m:text, 0 had been before" in told
