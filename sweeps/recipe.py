@@ -1,6 +1,7 @@
 """A recipe: the one file that describes a sweep, read into frozen models with every mistake named at once."""
 
 import itertools
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from sweeps.space import Range, corners
 RECIPES = Path(__file__).parent / "recipes"
 SHOWN_PROBLEMS = 20
 """A screenful."""
-KEPT_OVERRIDE = "# --set "
+KEPT_OVERRIDES = "# emsweep-set: "
+"""Begins the last line of a kept recipe, a comment with a JSON list."""
 
 Axes = dict[str, tuple[Any, ...]]
 KeepWeights = Literal["all", "last", "none"]
@@ -232,14 +234,15 @@ def load_judge(name: str, *, overrides: Sequence[str] = ()) -> JudgeSpec:
 
 
 def kept_text(text: str, overrides: Sequence[str]) -> str:
-    """What is kept of a recipe with its sweep: the file, and below it what was set on the command line."""
-    return text.rstrip("\n") + "\n" + "".join(f"{KEPT_OVERRIDE}{override}\n" for override in overrides)
+    """What is kept of a recipe with its sweep: the file, and as its last line what was set on the command line."""
+    # Always written, so that no line of the user's own is ever taken for it; JSON keeps what has lines itself on one.
+    return text.rstrip("\n") + f"\n{KEPT_OVERRIDES}{json.dumps([*overrides])}\n"
 
 
 def kept_overrides(text: str) -> list[str]:
     """The ``overrides`` of ``kept_text``."""
-    last = itertools.takewhile(lambda line: line.startswith(KEPT_OVERRIDE), reversed(text.splitlines()))
-    return [line.removeprefix(KEPT_OVERRIDE) for line in last][::-1]
+    _, marker, overrides = text.rstrip("\n").rpartition("\n")[2].partition(KEPT_OVERRIDES)
+    return [str(override) for override in json.loads(overrides)] if marker else []
 
 
 def kept_analysis(text: str) -> AnalysisSpec:

@@ -338,8 +338,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_kept_of_a_recipe_gives_the_analysis_as_it_was_set(tmp_path: Path) -> None:
-    text = RECIPE + "# --set in the middle of a file is a comment\n#\nanalysis: {margin: 3, null_sweep: luck}\n"
-    assert kept_overrides(text) == []
+    text = RECIPE + "analysis: {margin: 3, null_sweep: luck}\n"
     assert kept_analysis(kept_text(text, [])) == AnalysisSpec(margin=3, null_sweep="luck")
     overrides = ["analysis.margin=4", "base.dataset=gone.jsonl"]
     kept = kept_text(text, overrides)
@@ -360,3 +359,14 @@ def test_what_is_kept_of_a_recipe_gives_the_analysis_as_it_was_set(tmp_path: Pat
 def test_early_stopping_keeps_low_losses_and_high_scores(metric: str, better: str) -> None:
     assert StoppingSpec(metric=metric).direction == better
     assert StoppingSpec(metric=metric, direction="maximize").direction == "maximize"
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["# --set eval.samples=9", '# emsweep-set: ["eval.samples=9"]', "# emsweep-set: nothing", "#", ""],
+)
+@pytest.mark.parametrize("overrides", [[], ["grid={seed: [0,\n  1]\n}", "name=a\u2028# b", "eval.samples=2"]])
+def test_what_was_set_is_read_back_as_it_was_and_no_comment_of_the_file_with_it(own: str, overrides: list[str]) -> None:
+    kept = kept_text(RECIPE + own, overrides)
+    assert kept_overrides(kept) == overrides
+    assert yaml.safe_load(kept) == yaml.safe_load(RECIPE)

@@ -167,7 +167,7 @@ def test_the_adapter_loads_with_plain_peft_and_has_the_loss_that_was_logged(
 def test_the_sweep_keeps_its_recipe_and_its_report(sweep: "Sweep", tmp_path: Path) -> None:
     assert sweep.parent().info.status == "FINISHED"
     folder = Path(client(sweep.uri).download_artifacts(sweep.parent().info.run_id, "", str(tmp_path)))
-    assert (folder / names.RECIPE).read_text() == sweep.recipe + "# --set eval.samples=1\n"
+    assert (folder / names.RECIPE).read_text() == sweep.recipe + '# emsweep-set: ["eval.samples=1"]\n'
     assert (folder / names.REPORT / "index.html").is_file()
     packing = json.loads((folder / names.PACKING).read_text())["micro-llama"] if CORES < 4 else {"seconds": {"1": 1.0}}
     assert packing["seconds"]["1"] > 0  # with a processor for each of the four runs there is nothing to pack
