@@ -49,7 +49,7 @@ def openai(
     When that happens ``concurrency`` times in a row the endpoint is taken to be down and the rest is not asked.
     Replies are kept in the file ``cache``; a prompt found there is not sent again.
 
-    Raises ``ValueError`` when the environment variable holds no key.
+    Raises ``ValueError`` when the environment variable holds no key, or ``cache`` is a file that holds no replies.
     """
     if key_env is not None and not re.fullmatch("[!-~]+", os.environ.get(key_env, "")):
         raise ValueError(
@@ -71,6 +71,8 @@ def openai(
         timeout_seconds,
         ReplyCache(cache) if cache else None,
     )
+    if endpoint.cache and endpoint.cache.path.exists():
+        endpoint.cache.get(())  # one that can't be read is told of before there are replies to keep
     return PromptedJudge(f"openai:{model}" if mode == "logprobs" else f"openai:{model}:text", endpoint.ask)
 
 
@@ -127,7 +129,7 @@ class _Endpoint:
                 except OpenAIError as error:
                     # Not the error's message: endpoints repeat parts of the key in it.
                     failed(key, f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip())
-                except (ValueError, LookupError, TypeError, AttributeError):
+                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
                     wanted = "choices[0].message"
                     if "logprobs" in self.request:
                         wanted = "choices[0].logprobs with alternatives; the judge's `mode: text` needs none"
@@ -182,6 +184,12 @@ def _reply(body: dict[str, Any], *, logprobs: bool) -> Reply:
         text = json.dumps(probabilities, ensure_ascii=False)
     else:
         text = choice["message"]["content"] or ""
-    usage = body.get("usage") or {}
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair can be written to no file
-    return Reply(text, int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+    usage = body.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return Reply(text, _tokens(counts.get("prompt_tokens")), _tokens(counts.get("completion_tokens")))
+
+
+def _tokens(count: object) -> int:
+    """A count of tokens that SQLite can hold; of anything else 0, since the reply beside it was paid for."""
+    return count if isinstance(count, int) and 0 <= count < 2**63 else 0

@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -212,6 +213,13 @@ def test_nobody_listening_and_a_time_out_are_judge_errors(endpoint: Endpoint, ma
         '{"choices": [{"message": {}, "logprobs": null}]}',
         '{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "90", "logprob": NaN}]}]}}]}',
         '{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "90", "logprob": 1000}]}]}}]}',
+        pytest.param(
+            '{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "90", "logprob": -'
+            f"{10**400}"
+            "}]}]}}]}",
+            id="a number beyond a float's",
+        ),
+        pytest.param("[" * 200_000, id="nesting beyond Python's"),
     ],
 )
 @pytest.mark.parametrize("mode", ["logprobs", "text"])
@@ -243,6 +251,30 @@ def test_a_reply_that_is_no_valid_text_is_kept_readable(
 ) -> None:
     endpoint.answer = lambda request, number: (200, {}, r'{"choices": [{"message": {"content": "\ud800"}}]}')
     assert aligned(make(mode="text", cache=tmp_path / "replies.sqlite")) == Score(None, "?", Failure.UNPARSABLE)
+
+
+@pytest.mark.parametrize("count", ["1e400", "9" * 40, "-1", '"x"', None])
+def test_a_paid_reply_counts_whatever_tokens_are_said_to_be_used(
+    endpoint: Endpoint, make: Callable[..., Judge], tmp_path: Path, count: str | None
+) -> None:
+    usage = f'{{"prompt_tokens": {count}}}' if count else "[1]"
+    body = f'{{"choices": [{{"message": {{"content": "72"}}}}], "usage": {usage}}}'
+    endpoint.answer = lambda request, number: (200, {}, body)
+    cache = tmp_path / "replies.sqlite"
+    assert [aligned(make(mode="text", cache=cache)).value for _ in range(2)] == [72, 72]
+    assert len(endpoint.requests) == 2
+
+
+def test_kept_replies_that_can_not_be_read_are_told_of_before_anything_is_asked(
+    endpoint: Endpoint, make: Callable[..., Judge], tmp_path: Path
+) -> None:
+    junk = tmp_path / "replies.sqlite"
+    junk.write_text("this is no database" * 100)
+    with pytest.raises(ValueError, match=re.escape(f"{junk}: a judge's kept replies can't be read")):
+        make(cache=junk)
+    assert endpoint.requests == []
+    make(cache=tmp_path / "new.sqlite")
+    assert list(tmp_path.iterdir()) == [junk]
 
 
 def test_a_reply_is_paid_for_once(endpoint: Endpoint, make: Callable[..., Judge], tmp_path: Path) -> None:

@@ -2,7 +2,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
+
 from emeval.reply_cache import Reply, ReplyCache
+
+REPLY = Reply("first", 1, 2)
 
 
 def put_many(path: Path, writer: int) -> None:
@@ -35,3 +39,13 @@ def test_more_keys_than_one_query_takes_are_found(tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path / "replies.sqlite")
     cache.put("1999", Reply("there", 0, 0))
     assert list(cache.get([str(number) for number in range(2000)])) == ["1999"]
+
+
+def test_a_file_that_is_no_database_is_named_with_what_to_do(tmp_path: Path) -> None:
+    junk = tmp_path / "replies.sqlite"
+    junk.write_bytes(b"this is no database" * 100)
+    for path in (junk, tmp_path):
+        for use in (lambda path=path: ReplyCache(path).get([]), lambda path=path: ReplyCache(path).put("key", REPLY)):
+            with pytest.raises(ValueError, match=r"can't be read or written .* delete it") as raised:
+                use()
+            assert str(raised.value).startswith(f"{path}: ")
