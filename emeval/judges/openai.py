@@ -44,10 +44,11 @@ def openai(
     give no log-probabilities, which those that reason don't (they refuse ``temperature`` too: None sends none).
 
     The key is read from the environment variable ``key_env`` at each use and kept nowhere; None is for endpoints
-    that want none. Rate limits, time-outs and server errors are tried again up to ``max_retries`` times, waiting as
-    long as the endpoint asks, else 0.5 to 8 seconds, some two minutes in all; what still fails is a ``judge_error``.
-    When that happens ``concurrency`` times in a row the endpoint is taken to be down and the rest is not asked.
-    Replies are kept in the file ``cache``; a prompt found there is not sent again.
+    that want none. Rate limits, server errors and answers that are not there whole in ``timeout_seconds`` are tried
+    again up to ``max_retries`` times, waiting as long as the endpoint asks, else 0.5 to 8 seconds, some two minutes in
+    all; what still fails is a ``judge_error``. When that happens ``concurrency`` times in a row the endpoint is taken
+    to be down and the rest is not asked. Replies are kept in the file ``cache``; a prompt found there is not sent
+    again.
 
     Raises ``ValueError`` when the environment variable holds no key, or ``cache`` is a file that holds no replies.
     """
@@ -106,7 +107,20 @@ class _Endpoint:
 
     async def _ask_all(self, prompts: dict[str, str]) -> dict[str, Reply | str]:
         """By key: the reply, or what went wrong in words that hold nothing of the request."""
-        from openai import AsyncOpenAI, OpenAIError
+        import httpx
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+
+        seconds = self.timeout_seconds
+
+        class Client(DefaultAsyncHttpxClient):
+            """One whose time-out is of a whole request: httpx's own begins anew with every piece of the answer."""
+
+            async def send(self, *arguments: Any, **keywords: Any) -> Any:
+                try:
+                    async with asyncio.timeout(seconds):
+                        return await super().send(*arguments, **keywords)
+                except TimeoutError as error:
+                    raise httpx.ReadTimeout(f"no whole answer in {seconds} s") from error
 
         replies: dict[str, Reply | str] = {}
         in_a_row: list[str] = []  # what went wrong since the last reply
@@ -144,7 +158,8 @@ class _Endpoint:
             api_key=os.environ[self.key_env] if self.key_env else "none",
             base_url=self.base_url,
             max_retries=self.max_retries,
-            timeout=self.timeout_seconds,
+            timeout=seconds,
+            http_client=Client(),
         ) as client:
             await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
         return replies

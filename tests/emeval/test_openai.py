@@ -4,7 +4,10 @@ import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -203,6 +206,26 @@ def test_nobody_listening_and_a_time_out_are_judge_errors(endpoint: Endpoint, ma
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
         assert aligned(make(base_url=url, timeout_seconds=0.05)).reply == "APITimeoutError"
     assert aligned(make(base_url=url)).reply == "APIConnectionError"
+
+
+def test_an_answer_that_comes_in_drips_is_a_time_out(make: Callable[..., Judge]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(2) as threads:
+        server.settimeout(10)
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(50):
+                    time.sleep(0.1)
+                    connection.sendall(b" ")
+
+        both = [threads.submit(drip) for _ in range(2)]
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        began = time.monotonic()
+        assert aligned(make(base_url=url, timeout_seconds=0.3)).reply == "APITimeoutError"
+        assert time.monotonic() - began < 4
+        assert [each.result() for each in both] == [None, None]
 
 
 @pytest.mark.parametrize(
