@@ -96,7 +96,7 @@ class AdapterSpec(Spec):
     rslora: bool = True
     """Scale by ``alpha / sqrt(rank)`` (arXiv 2312.03732) instead of ``alpha / rank``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the modules to adapt; ``all-linear`` is every linear layer but the output head."""
 
 

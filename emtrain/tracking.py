@@ -95,8 +95,9 @@ def client(uri: str) -> mlflow.MlflowClient:
 
 
 def without_password(text: str) -> str:
-    """``text`` with the user and password of any URL in it starred out."""
-    return re.sub(r"(?<=://)[^/\s]*(?=@)|(?<=password=)[^&\s'\"]*", "***", text)
+    """``text`` with the user and password of any URL in it starred out, and all values of its query."""
+    text = re.sub(r"(?<=://)[^/\s]*(?=@)|(?<=password=)[^&\s'\"]*", "***", text)
+    return re.sub(r"([?&][^=&\s'\"]+=)[^&\s'\"]*", r"\1***", text)
 
 
 def made(uri: str) -> bool:

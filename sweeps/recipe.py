@@ -84,10 +84,11 @@ class TrackingSpec(Spec):
     @field_validator("uri")
     @classmethod
     def _holds_no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and re.search(r"://[^/]*@|password=", uri):
+        if uri is not None and re.search(r"://[^/]*@|password=|[?&][^=&]*(?i:token|key|secret)", uri):
             raise ValueError(
-                "the address holds a user or password, and a recipe is kept with its sweep; set MLFLOW_TRACKING_URI "
-                "in the environment instead (of a server: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+                "the address holds a user, password or key, and a recipe is kept with its sweep; set "
+                "MLFLOW_TRACKING_URI in the environment instead (of a server: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
             )
         return uri
 

@@ -13,21 +13,40 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from emeval.prompted import PromptedJudge
 from emeval.replies import read_distribution, read_text
 from emeval.reply_cache import Reply, ReplyCache
 from emeval.scores import NO_PART_IN_SCORES, Failure, Judge, Score
+from emtrain.mistakes import shown
 
 logger = logging.getLogger(__name__)
+
+
+def _endpoint_address(base_url: str) -> str:
+    if re.search("[@?#]", base_url):
+        # Not repeated: it may hold a password.
+        raise ValueError(
+            "it holds a user, password or query, and a recipe is kept with its sweep; expected http(s)://host/path, "
+            "and the key in the environment variable that key_env names"
+        )
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable:
+        raise ValueError(f"expected http(s)://host/path, not {shown(base_url)}")
+    return base_url
 
 
 def openai(
     *,
     model: str,
-    base_url: str | None = None,
+    base_url: Annotated[str, AfterValidator(_endpoint_address)] | None = None,
     key_env: Annotated[str | None, NO_PART_IN_SCORES] = "OPENAI_API_KEY",
     mode: Literal["logprobs", "text"] = "logprobs",
     temperature: Annotated[float, Field(ge=0)] | None = 0.0,

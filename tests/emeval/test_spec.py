@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from emeval.spec import EvalSpec, JudgeSpec
+from emtrain.mistakes import explain
 
 MINIMAL: dict[str, Any] = {"questions": ["core-broad"], "judges": ["micro-rule"]}
 
@@ -35,6 +36,10 @@ def test_evaluation_points_are_sorted_and_end_at_the_end() -> None:
         ({"judges": [{"name": "openai", "model": "m", "cache": "x"}]}, "openai does not take cache"),
         ({"judges": [{"name": "openai", "model": "m", "mode": "guess"}]}, "mode: .*'logprobs' or 'text'.*not 'guess'"),
         ({"judges": [{"name": "local", "model": "m", "batch_size": 0}]}, "batch_size: .*not 0"),
+        *(
+            ({"judges": [{"name": "openai", "model": "m", "base_url": url}]}, rf"base_url: expected http.*not '{url}'")
+            for url in ("notaurl", "ftp://host/v1", "http://", "http:///v1", "http://host:99999/v1", "")
+        ),
         ({"samples": 0}, "samples"),
         ({"at": [0.0]}, "at"),
         ({"temperature": -1}, "temperature"),
@@ -45,6 +50,23 @@ def test_evaluation_points_are_sorted_and_end_at_the_end() -> None:
 def test_mistakes_are_named(changed: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         EvalSpec.model_validate(MINIMAL | changed)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:sk-PASSWORD@host/v1",
+        "user:sk-PASSWORD@host",
+        "https://h/v1?key=sk-PASSWORD",
+        "http://h/#sk-PASSWORD",
+    ],
+)
+def test_a_judge_takes_no_key_in_its_address_and_repeats_none(url: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        EvalSpec.model_validate(MINIMAL | {"judges": [{"name": "openai", "model": "m", "base_url": url}]})
+    (line,) = explain(raised.value, EvalSpec)
+    assert "the key in the environment variable that key_env names" in line
+    assert "PASSWORD" not in line
 
 
 def test_a_judge_is_built_with_its_arguments_read_as_its_function_declares_them(

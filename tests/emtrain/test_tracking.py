@@ -493,7 +493,9 @@ def test_a_server_that_will_not_have_us_is_an_error_without_the_password(status:
         ),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
         ("http://h:5000", "http://h:5000"),
-        ("postgresql://h/db?password=p&user=u", "postgresql://h/db?password=***&user=u"),
+        ("postgresql://h/db?password=p&user=u", "postgresql://h/db?password=***&user=***"),
+        ("no http://h/x?token=t&Key=k, says h", "no http://h/x?token=***&Key=*** says h"),
+        ("password=p", "password=***"),
     ],
 )
 def test_passwords_are_starred_out(text: str, shown: str) -> None:

@@ -120,7 +120,17 @@ def problems(text: str, *overrides: str) -> list[str]:
         (
             "name: tiny",
             "name: tiny\ntracking: {uri: 'http://me:geheim@h'}",
-            "tracking.uri: the address holds a user or",
+            "tracking.uri: the address holds a user, password or key",
+        ),
+        (
+            "name: tiny",
+            "name: tiny\ntracking: {uri: 'http://h?api_Key=geheim'}",
+            "tracking.uri: the address holds a user, ",
+        ),
+        (
+            "rank: 4",
+            "rank: 4, target_modules: []",
+            "base.adapter.target_modules: expected 'all-linear' or at least 1 of",
         ),
     ],
 )
