@@ -1,5 +1,6 @@
 """What is wrong with a file, in the words of those who wrote it: from pydantic's errors to a line per mistake."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,24 @@ def _expected(problems: Sequence["ErrorDetails"]) -> str:
 
 def shown(value: Any) -> str:
     """A wrong value as it is repeated to the user."""
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else _REPR.repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` that stops early: a few lines of YAML whose lists hold each other are terabytes written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 12
+        self.maxstring = self.maxother = 3 * SHOWN  # of which the middle is left out
+
+    def repr_int(self, number: int, level: int) -> str:
+        return repr(number) if abs(number) < 10**SHOWN else hex(number)  # Python writes none of over 4,300 digits
+
+
+_REPR = _Repr()
 
 
 def _said_below(problem: "ErrorDetails", problems: Sequence["ErrorDetails"]) -> bool:
