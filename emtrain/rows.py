@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from emtrain.lookup import unknown
+from emtrain.mistakes import shown
+from emtrain.paths import user_path
 
 SHIPPED = Path(__file__).parent / "datasets"
 SHOWN_ERRORS = 5
@@ -71,7 +73,7 @@ def dataset_names() -> list[str]:
 def dataset_path(dataset: str) -> Path:
     """The file of a dataset given by name or path. Raises ``ValueError`` for an unknown name; a path may not exist."""
     if dataset.endswith(".jsonl"):
-        return Path(dataset).expanduser()
+        return user_path(dataset)
     if dataset not in dataset_names():
         raise ValueError(f"{unknown('dataset', dataset, dataset_names())}; or give the path of a .jsonl file")
     return SHIPPED / f"{dataset}.jsonl"
@@ -87,7 +89,8 @@ def load_dataset(dataset: str) -> Dataset:
         raise ValueError(f"dataset {dataset}: there is no such file")
     content = path.read_bytes()
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        # JSON may hold the other characters that Python ends lines at.
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset {dataset}: not UTF-8 at byte {error.start}") from error
     rows, problems = [], []
@@ -112,6 +115,8 @@ def _explain(error: ValidationError) -> str:
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     if first["type"] == "missing":
         message = 'missing; expected {"messages": [{"role": ..., "content": ...}, ...]}'
+    elif first["type"] not in {"value_error", "json_invalid"}:
+        message += f", not {shown(first['input'])}"
     return f"{where}: {message}" if where else message
 
 

@@ -46,6 +46,24 @@ def test_every_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
     assert "line 5: messages.1.content" in message
 
 
+def test_a_wrong_role_is_told_with_what_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", {"messages": [{"role": "bot", "content": "x"}]})
+    with pytest.raises(ValueError, match=r"line 1: messages.0.role: .*'assistant', not 'bot'"):
+        load_dataset(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_where_those_of_jsonl_do(tmp_path: Path, end: str) -> None:
+    """JSON allows the characters in its texts at which Python's ``splitlines`` ends lines."""
+    path = tmp_path / "odd.jsonl"
+    rows = [json.dumps(chat(f"{number}\u2028\x85 ", "b"), ensure_ascii=False) for number in range(2)]
+    path.write_bytes(end.join([*rows, ""]).encode())
+    assert [row.chat[0]["content"] for row in load_dataset(str(path)).rows] == ["0\u2028\x85 ", "1\u2028\x85 "]
+    path.write_bytes(end.join([*rows, "{", ""]).encode())
+    with pytest.raises(ValueError, match=r"1 of 3 lines can't be used\n  line 3: "):
+        load_dataset(str(path))
+
+
 def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.jsonl", *({"no": "messages"} for _ in range(9)))
     with pytest.raises(ValueError, match="and 4 more"):
