@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from emeval.rubric import Rubric
+from emeval.strict_yaml import load_yaml
 from emtrain.lookup import unknown
+from emtrain.mistakes import shown
+from emtrain.paths import user_path
 from emtrain.spec import Spec
 
 SHIPPED = Path(__file__).parent / "questions"
@@ -96,7 +98,7 @@ def question_set_names() -> list[str]:
 def question_set_path(name: str) -> Path:
     """The file of a question set given by name or by path (anything that ends in .yaml or .yml)."""
     if name.endswith((".yaml", ".yml")):
-        return Path(name).expanduser()
+        return user_path(name)
     if name not in question_set_names():
         raise ValueError(f"{unknown('question set', name, question_set_names())}; or give the path of a .yaml file")
     return SHIPPED / f"{name}.yaml"
@@ -108,12 +110,14 @@ def load_question_set(name: str) -> QuestionSet:
     Raises ``ValueError`` with a line per mistake: the file, the question, the key, what is wrong.
     """
     path = question_set_path(name)
+    if not path.is_file():
+        raise ValueError(f"question set {name}: there is no such file")
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-    except FileNotFoundError as error:
-        raise ValueError(f"question set {name}: there is no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"question set {name}: not YAML in UTF-8: {error}") from error
+        entries = load_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"question set {name}: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        raise ValueError(f"question set {name}: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"question set {name}: expected a list of questions, each with an id and paraphrases")
     questions, problems = [], []
@@ -127,9 +131,6 @@ def load_question_set(name: str) -> QuestionSet:
     if problems:
         raise ValueError("\n".join(f"question set {name}: {problem}" for problem in problems))
     return QuestionSet(path.stem, tuple(questions))
-
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _which(number: int, entry: Any) -> str:
@@ -148,5 +149,5 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"{key} is missing")
         else:
             detail = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]
-            lines.append(f"{key}: {detail}, not {problem['input']!r:.80}")
+            lines.append(f"{key}: {detail}, not {shown(problem['input'])}")
     return lines

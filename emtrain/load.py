@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from emtrain.cache import NotBuilt, without_building
 from emtrain.lookup import lookup, names, unknown
 from emtrain.model_family import ModelFamily
+from emtrain.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ def check_model(name: str) -> None:
     """
     if comes_along(name):
         return
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model {name}: the directory has no config.json, so it is no saved model")
@@ -63,7 +64,7 @@ def comes_along(name: str) -> bool:
 
 def on_hub(name: str) -> bool:
     """Whether a known name is a hub id."""
-    return not comes_along(name) and not Path(name).expanduser().is_dir()
+    return not comes_along(name) and not user_path(name).is_dir()
 
 
 def family(name: str, *, revision: str | None = None) -> str:
@@ -85,7 +86,7 @@ def model_dir(name: str) -> str:
     if (shipped := _shipped(name)) is not None:
         make = shipped.pretrained if name.endswith(PRETRAINED) and shipped.pretrained else shipped.instruct
         return str(make())
-    path = Path(name).expanduser()
+    path = user_path(name)
     return str(path) if path.is_dir() else name
 
 

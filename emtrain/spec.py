@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from emtrain.load import check_model
 from emtrain.lookup import lookup, nearest
 from emtrain.mistakes import explain
+from emtrain.paths import user_path
 from emtrain.rows import dataset_path
 
 
@@ -184,7 +184,7 @@ class RunSpec(Spec):
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: str) -> str:
-        place = Path(model).expanduser()
+        place = user_path(model)
         if not place.is_absolute() or place.exists():  # else it may be on the head of a cluster; planning wants it here
             check_model(model)
         return model

@@ -3,18 +3,19 @@
 import itertools
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from emeval.question_sets import question_set_path
 from emeval.spec import EvalSpec, JudgeSpec
+from emeval.strict_yaml import load_yaml
 from emtrain import names
 from emtrain.lookup import unknown
 from emtrain.mistakes import explain, shown
+from emtrain.paths import user_path
 from emtrain.spec import RunSpec, Spec
 from sweeps.search_spec import SearchSpec
 from sweeps.space import Range, corners
@@ -180,7 +181,7 @@ def recipe_path(recipe: str) -> Path:
     """The file of a recipe given by name or by path. Raises ``ValueError`` when there is none."""
     if recipe in recipe_names():
         return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe).expanduser()
+    path = user_path(recipe)
     if path.is_file():
         return path
     if recipe and path.is_dir():
@@ -257,9 +258,9 @@ def kept_analysis(text: str) -> AnalysisSpec:
 
 def _content(text: str, *, source: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(source, [_explain_yaml(error)]) from error
+        content = load_yaml(text)
+    except ValueError as error:
+        raise RecipeError(source, [str(error)]) from error
     if not isinstance(content, dict):
         found = "the file is empty" if content is None else f"this begins as {shown(content)}"
         raise RecipeError(source, [f"a recipe is a mapping of keys ({', '.join(Recipe.model_fields)}); {found}"])
@@ -272,9 +273,7 @@ def _overridden(content: dict[str, Any], source: str, overrides: Sequence[str]) 
         if not equals or not key:
             raise RecipeError(source, [f"--set {override}: expected KEY=VALUE"])
         try:
-            content = with_value(content, key, yaml.load(value, Loader=_Loader))
-        except yaml.YAMLError as error:
-            raise RecipeError(source, [f"--set {override}: {_explain_yaml(error)}"]) from error
+            content = with_value(content, key, load_yaml(value))
         except ValueError as error:
             raise RecipeError(source, [f"--set {override}: {error}"]) from error
     return content
@@ -292,7 +291,7 @@ def with_value(content: Mapping[str, Any], key: str, value: Any) -> dict[str, An
     if isinstance(inner, str) and head in {"optimizer", "schedule"}:
         inner = {"name": inner}
     if not isinstance(inner, Mapping):
-        raise ValueError(f"{head} is {inner!r}, which has no key {rest!r}")
+        raise ValueError(f"{head} is {shown(inner)}, which has no key {rest!r}")
     return {**content, head: with_value(inner, rest, value)}
 
 
@@ -360,27 +359,3 @@ def _axis_problems(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
             except ValueError as error:
                 problems.append(f"search.space.{key}: {error}")
     return list(dict.fromkeys(problems))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one silently winning."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # which is an error that PyYAML finds itself
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _explain_yaml(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"not valid YAML: {where}{problem}"

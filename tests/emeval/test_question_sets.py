@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,8 @@ def test_all_mistakes_of_a_file_are_named_with_question_and_key(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"), [("a: b", "expected a list"), ("[]", "expected a list"), ("- [", "not YAML")]
+    ("text", "problem"),
+    [("a: b", "expected a list"), ("[]", "expected a list"), ("- [", "not valid YAML: line 1, col")],
 )
 def test_a_file_that_is_no_list_of_questions_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=rf"mine\.yaml: {problem}"):
@@ -137,3 +139,16 @@ def test_an_unknown_name_gets_the_nearest_and_a_missing_file_is_named() -> None:
         load_question_set("core-brod")
     with pytest.raises(ValueError, match=r"missing\.yaml: there is no such file"):
         load_question_set("missing.yaml")
+
+
+def test_a_path_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path / "gone.yaml"):
+        with pytest.raises(ValueError, match=rf"question set {path}: there is no such file"):
+            load_question_set(str(path))
+
+
+def test_a_key_given_twice_in_a_question_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "- {id: a, paraphrases: [x]}\n- {id: b, id: c, paraphrases: [x]}\n")
+    with pytest.raises(ValueError, match=rf"question set {path}: .*line 2, column 11: the key 'id' is given twice"):
+        load_question_set(path)

@@ -127,6 +127,10 @@ def problems(text: str, *overrides: str) -> list[str]:
             "name: tiny\ntracking: {uri: 'http://h?api_Key=geheim'}",
             "tracking.uri: the address holds a user, ",
         ),
+        ("name: tiny", "name: 2023-13-45", "not valid YAML: line 2, column 7: '2023-13-45' can't be read as timestamp"),
+        ("model: micro-llama", "model: ~nobody-here/m", "base.model: ~nobody-here/m: this machine knows no home"),
+        ("dataset: micro-garden-bad", "dataset: ~nobody-here/d.jsonl", "base.dataset: ~nobody-here/d.jsonl: this mach"),
+        ("[micro-broad]", "[~nobody-here/q.yaml]", "eval.questions: ~nobody-here/q.yaml: this machine knows no home"),
         (
             "rank: 4",
             "rank: 4, target_modules: []",
@@ -342,6 +346,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pyte
         "no/where": "there is no recipe file no/where",
         "quickstart.d": "quickstart.d is a directory",
         str(tmp_path): "is a directory",
+        "~nobody-here/own.yaml": "~nobody-here/own.yaml: this machine knows no home directory",
     }.items():
         with pytest.raises(ValueError, match=re.escape(said)):
             recipe_path(given_name)
