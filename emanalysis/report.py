@@ -100,7 +100,8 @@ def write(
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
     (out_dir / "report.json").write_text(text + "\n", encoding="utf-8")
     for name, rows in tables(numbers).items():
-        pd.DataFrame(rows).to_csv(out_dir / "tables" / f"{name}.csv", index=False)
+        cells = [{_cell(column): _cell(value) for column, value in row.items()} for row in rows]
+        pd.DataFrame(cells).to_csv(out_dir / "tables" / f"{name}.csv", index=False)
     page = out_dir / "index.html"
     page.write_text(render(numbers, sections, title or records.sweep, _run_address(records, ui_url)), encoding="utf-8")
     return page
@@ -182,6 +183,14 @@ def tables(numbers: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
                     found[f"{analysis}.{key}"] = value
     return found
+
+
+def _cell(value: Any) -> Any:
+    """``value`` as it can stand in a CSV file: no text is a formula to a spreadsheet, or a command to a terminal."""
+    if not isinstance(value, str):
+        return value
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def plain(value: Any) -> Any:

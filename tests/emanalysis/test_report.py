@@ -76,6 +76,28 @@ def test_hostile_text_is_shown_as_text(page: Page, written: Path) -> None:
     assert "onerror=alert(1)></script>" not in (written / "index.html").read_text()
 
 
+def test_no_text_in_a_table_is_a_formula_or_reaches_the_terminal(records: Records, tmp_path: Path) -> None:
+    numbers = json.loads(json.dumps(report.compute(records)))
+    texts = ['=HYPERLINK("http://x")', "+cmd|calc", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\x1b[31mred", "a=b", "größer"]
+    for run, text in zip(numbers["runs"], texts, strict=False):
+        run["name"], run["aligned"] = text, -1.5
+    report.write(records, tmp_path, numbers=numbers)
+    with (tmp_path / "tables" / "runs.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[: len(texts)]
+    assert [row["name"] for row in rows] == [
+        '\'=HYPERLINK("http://x")',
+        "'+cmd|calc",
+        "'-1+1",
+        "'@SUM(1)",
+        "\\t=1",
+        "\\r=1",
+        "\\x1b[31mred",
+        "a=b",
+        "größer",
+    ]
+    assert {row["aligned"] for row in rows} == {"-1.5"}
+
+
 def test_failed_and_killed_runs_are_shown_with_reasons(page: Page) -> None:
     assert re.search(r"8 finished,\s+1 failed,\s+1 killed", page.words)
     assert "no reason was recorded" in page.words
