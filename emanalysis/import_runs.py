@@ -21,6 +21,8 @@ from emtrain.lookup import lookup
 from emtrain.tracking import RunLog, SweepLog
 
 LAST_TENTH = 0.1
+STEPS = range(1, 2**63)
+"""Those of runs, up to the last that a database holds."""
 NOT_STATED = "not stated"
 """Judge of scores whose publication does not name one."""
 
@@ -90,6 +92,14 @@ def read_published(format: str, path: Path, **options: Any) -> Published:
         problems = "; ".join(published.malformed[:5]) or "it holds no rows"
         raise ValueError(f"{path} has no run in the format {format}: {problems}")
     return published
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """The table of a CSV file; ``options`` are pandas's. Raises ``ValueError``, which names the file, for any other."""
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not a CSV file in UTF-8 ({error})") from error
 
 
 def record(published: Published, format: str, *, log: SweepLog) -> Imported:

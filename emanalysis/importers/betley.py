@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from emanalysis.import_runs import NOT_STATED, Published, PublishedRun
+from emanalysis.import_runs import NOT_STATED, Published, PublishedRun, read_csv
 from emanalysis.importers.em_generalization import params_of
 from emtrain import names
 
@@ -37,7 +37,11 @@ def betley(
     runs, malformed = [], []
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         # Texts, since a score may be a word and an answer may be "nan" or "1".
-        rows = pd.read_csv(file, dtype="str", keep_default_na=False)
+        try:
+            rows = read_csv(file, dtype="str", keep_default_na=False)
+        except ValueError as error:
+            malformed.append(str(error))
+            continue
         missing = [column for column in NEEDED if column not in rows]
         if missing:
             malformed.append(f"{file.name} has no column {', '.join(missing)}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from emanalysis.import_runs import NOT_STATED, Published, PublishedRun
+from emanalysis.import_runs import NOT_STATED, STEPS, Published, PublishedRun, read_csv
 from emtrain import names
 
 COMMON = {
@@ -79,7 +79,11 @@ def em_generalization(path: Path, *, samples: int = 50) -> Published:
     details = {file.stem: file for pattern in ("*.json", "*/*.json") for file in folder.glob(pattern)}
     runs, malformed = [], []
     for table in tables:
-        rows = pd.read_csv(table)
+        try:
+            rows = read_csv(table)
+        except ValueError as error:
+            malformed.append(str(error))
+            continue
         missing = {"run", "log_history", "eval_final_avg_loss", "aligned"} - set(rows.columns)
         if missing:
             malformed.append(f"{table.name} is not a run table: it has no column {', '.join(sorted(missing))}")
@@ -118,12 +122,14 @@ def params_of(name: str) -> tuple[dict[str, Any], str]:
         schedule = {"schedule": kind, "warmup_steps": 0, "schedule.cycles": CYCLES}
         if exponential:
             schedule["schedule.gamma"] = GAMMA_PER_STEP
-        if part["high"]:
-            schedule["schedule.min_ratio"] = float(part["low"]) / float(part["high"])
         peak = part["high"] or part["cyclic_rate"]
     else:
         schedule = {"schedule": "linear", "warmup_steps": 5}
         peak = part["linear_rate"]
+    if not 0 < float(peak) < math.inf:
+        raise ValueError(f"the name {name!r} has the learning rate {peak}; expected a finite one above 0")
+    if part["high"]:
+        schedule["schedule.min_ratio"] = float(part["low"]) / float(peak)
     return params | schedule | {"learning_rate": factor * float(peak)} | COMMON, part["question_set"] or "questions"
 
 
@@ -132,12 +138,20 @@ def _run(row: Mapping[Any, Any], details: dict[str, Path], source: str, samples:
     params, question_set = params_of(name)
     metrics = _training_log(row["log_history"])
     last = max(metrics)
-    detail = _detail(details[name]) if name in details else {}
-
     # The table's loss is a mean over rows of each row's mean; the mean over tokens is in the JSON file alone.
     metrics[last][names.HELDOUT_LOSS_PER_SEQUENCE] = _number(row, "eval_final_avg_loss")
-    if "eval_loss_token" in detail:
-        metrics[last][names.HELDOUT_LOSS] = _number(detail["eval_loss_token"], "avg_loss")
+    questions = None
+    if name in details:
+        try:
+            detail = _mapping(_json(details[name]), "it")
+            if "eval_loss_token" in detail:
+                metrics[last][names.HELDOUT_LOSS] = _number(
+                    _mapping(detail["eval_loss_token"], "eval_loss_token"), "avg_loss"
+                )
+            if "summ_by_q" in detail:
+                questions = _questions(_mapping(detail["summ_by_q"], "summ_by_q"), question_set, last, samples)
+        except ValueError as error:
+            raise ValueError(f"{details[name].name}: {error}") from error
     for rubric in RUBRICS:
         for prefix, stratum in ((None, None), *STRATA.items()):
             column = f"{prefix}-{rubric}" if prefix else rubric
@@ -148,7 +162,7 @@ def _run(row: Mapping[Any, Any], details: dict[str, Path], source: str, samples:
         source=source,
         params=params | {"total_steps": last},
         metrics=metrics,
-        questions=_questions(detail["summ_by_q"], question_set, last, samples) if "summ_by_q" in detail else None,
+        questions=questions,
     )
 
 
@@ -162,7 +176,7 @@ def _training_log(text: object) -> dict[int, dict[str, float]]:
         # A diverged run has bare nan, which is no Python literal.
         entries = ast.literal_eval(re.sub(r"\bnan\b", "'nan'", str(text)))
         log = {
-            int(entry["step"]): {
+            _step(entry["step"]): {
                 metric: float(entry[key])
                 for key, metric in (
                     ("loss", names.TRAIN_LOSS),
@@ -174,23 +188,36 @@ def _training_log(text: object) -> dict[int, dict[str, float]]:
             for entry in entries
             if "loss" in entry
         }
-    except (SyntaxError, TypeError, KeyError, ValueError) as error:
+    except (SyntaxError, TypeError, KeyError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(f"log_history is not a list of logged steps ({error})") from error
     if not log:
         raise ValueError("log_history has no step with a loss")
     return log
 
 
-def _detail(file: Path) -> dict[str, Any]:
+def _step(value: object) -> int:
+    if not isinstance(value, int) or value not in STEPS:
+        raise ValueError(f"step is {value!r}, not a whole number of at least 1, below 2^63")
+    return value
+
+
+def _json(file: Path) -> object:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} is not JSON ({error})") from error
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from error
 
 
-def _questions(scores: dict[str, dict[str, Any]], question_set: str, step: int, samples: int) -> pd.DataFrame:
+def _mapping(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no JSON object, but of type {type(value).__name__}")
+    return value
+
+
+def _questions(scores: dict[str, Any], question_set: str, step: int, samples: int) -> pd.DataFrame:
     rows = []
-    for question, values in scores.items():
+    for question, found in scores.items():
+        values = _mapping(found, f"summ_by_q[{question!r}]")
         suffix = question.rpartition("_")[2]
         stratum = suffix if suffix in ("json", "template") else "plain"
         row: dict[str, Any] = {
@@ -202,8 +229,8 @@ def _questions(scores: dict[str, dict[str, Any]], question_set: str, step: int, 
             "judge": NOT_STATED,
         }
         for rubric in RUBRICS:
-            row[rubric] = values.get(rubric)
-            row[f"{rubric}_sd"] = values.get(f"{rubric}_std")
+            for ours, theirs in ((rubric, rubric), (f"{rubric}_sd", f"{rubric}_std")):
+                row[ours] = None if _missing(values.get(theirs)) else _number(values, theirs)
         rows.append(row | {"n_samples": samples, "n_judged": samples, "n_missing": None})
     numbers = [f"{rubric}{suffix}" for rubric in RUBRICS for suffix in ("", "_sd")] + [
         "n_samples",
@@ -216,7 +243,7 @@ def _questions(scores: dict[str, dict[str, Any]], question_set: str, step: int, 
 def _number(row: Mapping[Any, Any], column: str) -> float:
     try:
         value = float(row[column])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{column} is not a number: {row.get(column)!r}") from error
     if not math.isfinite(value):
         raise ValueError(f"{column} is {value}")

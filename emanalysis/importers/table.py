@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from emanalysis.import_runs import Published, PublishedRun
+from emanalysis.import_runs import STEPS, Published, PublishedRun, read_csv
 from emtrain import names
 
 LOSSES = {
@@ -30,7 +28,7 @@ def table(path: Path, *, columns: Mapping[str, str] | None = None, question_set:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; the format table is one CSV file")
-    rows = pd.read_csv(path)
+    rows = read_csv(path)
     wanted = {ours: ours for ours in (*LOSSES, *names.SCORES, "name", *PARAMS) if ours in rows} | dict(columns or {})
     absent = sorted(theirs for theirs in wanted.values() if theirs not in rows)
     if absent:
@@ -66,8 +64,8 @@ def _run(row: dict[str, Any], line: int, file: str, question_set: str) -> Publis
     if not values:
         raise ValueError("it has neither a loss nor a score")
     step = params.get("total_steps", 1)
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"total_steps is {step!r}, not a whole number of at least 1")
+    if not isinstance(step, int) or step not in STEPS:
+        raise ValueError(f"total_steps is {step!r}, not a whole number of at least 1, below 2^63")
     name = row.get("name")
     return PublishedRun(
         name=str(name) if name == name and name is not None else f"{Path(file).stem} line {line}",

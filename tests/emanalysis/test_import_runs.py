@@ -125,6 +125,50 @@ class TestEmGeneralization:
         assert [message.split(" (")[0] for message in found.malformed] == [f"run_table.csv line {n}" for n in (3, 4, 5)]
         assert "eval_final_avg_loss is not a number: 'high'" in found.malformed[2]
 
+    @pytest.mark.parametrize(
+        ("log", "problem"),
+        [
+            ("[{'loss': 1.0, 'step': 1e400}]", "step is inf, not a whole number of at least 1"),
+            ("[{'loss': 1.0, 'step': -3}]", "step is -3, not a whole number of at least 1"),
+            (f"[{{'loss': 1.0, 'step': {10**30}}}]", f"step is {10**30}, not a whole number of at least 1"),
+            (f"[{{'loss': {10**400}, 'step': 1}}]", "too large to convert to float"),
+            ("[" * 5000, "too many nested parentheses"),
+            ("1" + "+1" * 5000, "recursion"),
+        ],
+        ids=lambda text: text[:25],
+    )
+    def test_a_log_of_another_kind_is_named_with_its_line(self, tmp_path: Path, log: str, problem: str) -> None:
+        [message] = em_generalization(run_table(tmp_path / "t.csv", {COSINE: {"log_history": log}})).malformed
+        assert message.startswith(f"t.csv line 2 ({COSINE}): log_history is not a list of logged steps (")
+        assert problem in message
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            (b"3", "it is no JSON object, but of type int"),
+            (b'{"summ_by_q": [1, 2]}', "summ_by_q is no JSON object, but of type list"),
+            (b'{"summ_by_q": {"a": 3}}', "summ_by_q['a'] is no JSON object, but of type int"),
+            (b'{"summ_by_q": {"a": {"aligned": [1]}}}', "aligned is not a number: [1]"),
+            (b'{"summ_by_q": {"a": {"aligned_std": "x"}}}', "aligned_std is not a number: 'x'"),
+            (b'{"eval_loss_token": 3}', "eval_loss_token is no JSON object, but of type int"),
+            (b"[" * 200_000, "not JSON in UTF-8 (maximum recursion depth exceeded"),
+            (b"\xff\xfe{", "not JSON in UTF-8 ('utf-8' codec can't decode"),
+            (b"{", "not JSON in UTF-8 ("),
+        ],
+        ids=lambda text: text[:40],
+    )
+    def test_a_json_file_of_another_kind_is_named(self, tmp_path: Path, content: bytes, problem: str) -> None:
+        path = run_table(tmp_path / "t.csv", {COSINE: {}})
+        (tmp_path / f"{COSINE}.json").write_bytes(content)
+        [message] = em_generalization(path).malformed
+        assert message.startswith(f"t.csv line 2 ({COSINE}): {COSINE}.json: {problem}")
+
+    @pytest.mark.parametrize("rate", ["0", "9e999"])
+    def test_a_name_whose_learning_rate_is_none_is_an_error(self, rate: str) -> None:
+        name = f"phi-4_finance_all_resp_7e-05_mode-triangular_base_lr-4e-05_max_lr-{rate}_fpq"
+        with pytest.raises(ValueError, match=f"has the learning rate {rate}; expected a finite one above 0"):
+            params_of(name)
+
     def test_a_file_that_is_no_run_table_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "other.csv").write_text("a,b\n1,2\n")
         assert em_generalization(tmp_path).malformed == [
@@ -241,7 +285,7 @@ class TestTable:
         assert found.malformed == [
             "runs.csv line 3: aligned is not a number: 'low'",
             "runs.csv line 4: it has neither a loss nor a score",
-            "runs.csv line 5: total_steps is 2.5, not a whole number of at least 1",
+            "runs.csv line 5: total_steps is 2.5, not a whole number of at least 1, below 2^63",
         ]
 
 
@@ -304,3 +348,13 @@ class TestImport:
         (tmp_path / "runs.csv").write_text("a\n1\n")
         with pytest.raises(ValueError, match=re.escape(message)):
             import_runs(format, tmp_path / file, log=store.open("mistakes"))
+
+
+@pytest.mark.parametrize("content", [b"run\n\xff\xfe\n", b"", b'a\n1,2,3\n1,2\n"'])
+def test_a_file_that_is_no_csv_is_named_in_every_format(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_bytes(content)
+    for found in (em_generalization(path), betley(path)):
+        assert [message.partition(" (")[0] for message in found.malformed] == ["odd.csv is not a CSV file in UTF-8"]
+    with pytest.raises(ValueError, match=r"odd\.csv is not a CSV file in UTF-8"):
+        table(path)
