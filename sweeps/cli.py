@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -490,7 +491,7 @@ def ui(
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
 ) -> None:
     """Open the MLflow web interface on the sweeps of this directory, or of a cluster."""
     if cluster is not None:
@@ -510,6 +511,13 @@ def ui(
     if address.startswith(("http://", "https://")):
         out.print(f"the sweeps are on a server already: {literal(without_password(address))}", highlight=False)
         return
+    try:  # MLflow would say so in a page of its own, and end as if all were well
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place, family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"--port {port}: nothing can listen there on {host} ({error.strerror}); choose another --port or --host"
+        ) from error
     out.print(f"http://{host}:{port} shows {literal(without_password(address))}; Ctrl-C ends it", highlight=False)
     environment = {
         **os.environ,

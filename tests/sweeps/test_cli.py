@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,17 @@ def test_there_is_nothing_to_browse_before_the_first_sweep(emsweep: Emsweep, hom
     refused(emsweep("ui"), f"there are no sweeps at sqlite:///{home / 'emsweep-data' / 'mlflow.db'} yet")
     refused(emsweep("ui", "--uri", f"sqlite:///{home / 'nowhere' / 'x.db'}"), "--uri names another store")
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_port_that_can_not_be_listened_on_is_told(emsweep: Emsweep, home: Path) -> None:
+    (home / "mlflow.db").touch()
+    store = ["--uri", f"sqlite:///{home / 'mlflow.db'}"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        refused(emsweep("ui", *store, "--port", port), f"--port {port}: nothing can listen there on 127.0.0.1 (")
+    for port in ("99999", "0"):
+        refused(emsweep("ui", *store, "--port", port), "--port")
+    refused(emsweep("ui", *store, "--host", "nowhere.invalid"), "nothing can listen there on nowhere.invalid (")
 
 
 @pytest.mark.parametrize(
