@@ -64,8 +64,19 @@ VERSIONED = ("emsweep", "torch", "transformers", "trl", "peft", "ray", "optuna",
 
 
 def tracking_uri(uri: str | None, data_dir: Path) -> str:
-    """``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file in ``data_dir``."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{data_dir.resolve() / 'mlflow.db'}"
+    """``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file in ``data_dir``.
+
+    Raises ``ValueError`` for that file where the path is none that an address can hold.
+    """
+    if given := uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    database = data_dir.resolve() / "mlflow.db"
+    if end := re.search("[?#]", str(database)):
+        raise ValueError(
+            f"EMSWEEP_DATA: the store would be {database}, and the address of a SQLite file ends at {end[0]!r}; set "
+            "EMSWEEP_DATA to a directory without it (unset, it is ./emsweep-data)"
+        )
+    return f"sqlite:///{database}"
 
 
 def client(uri: str) -> mlflow.MlflowClient:

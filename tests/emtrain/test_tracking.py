@@ -508,6 +508,10 @@ def test_where_a_sweep_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tracking_uri(None, tmp_path) == "http://127.0.0.1:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert tracking_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    for odd in ("odd?a=b", "odd#1"):
+        with pytest.raises(ValueError, match=r"EMSWEEP_DATA: .*/odd.*/mlflow\.db, and .* ends at '[?#]'"):
+            tracking_uri(None, tmp_path / odd)
+        assert tracking_uri("sqlite:///own.db", tmp_path / odd) == "sqlite:///own.db"
 
 
 def test_versions_and_commit_are_tags_and_neither_git_nor_a_repository_is_needed(
