@@ -1,6 +1,11 @@
 """Text that others wrote, on a terminal: shown, never obeyed."""
 
+import re
+
 from rich.markup import escape
+
+NO_TAG = re.compile(r"\[(?![a-z#/@][^[]*?\])")
+"""A bracket that rich takes for no tag. From a backslash before it rich would take that away."""
 
 
 def visible(text: str) -> str:
@@ -10,4 +15,7 @@ def visible(text: str) -> str:
 
 def literal(text: str) -> str:
     """``visible`` for a place where rich reads markup: ``[red]`` stands there as it is."""
-    return escape(visible(text))
+    shown = visible(text)
+    body = shown.rstrip("\\")
+    # Of the backslashes before a tag, which may follow the text, rich shows half; its own ``escape`` doubles but one.
+    return escape(NO_TAG.sub(r"\\[", body)) + 2 * shown[len(body) :]

@@ -151,7 +151,10 @@ def test_a_trial_that_was_asked_for_and_never_written_down_is_lost_and_not_count
         ),
         ({"objectives": {LOSS: "minimize"}}, "search.objectives was"),
         ({"space": {"schedule": ["linear", "cosine"]}}, "search.space.schedule was"),
-        ({"constraints": {ALIGNED: {"at_least": 50}}}, "search.constraints.eval/aligned was nothing and is {'at_most'"),
+        (
+            {"constraints": {ALIGNED: {"at_least": 50}}},
+            "search.constraints.eval/aligned was nothing and is {'at_least'",
+        ),
         ({"seeds": [0, 1]}, "search.seeds was [0] and is [0, 1]"),
     ],
 )

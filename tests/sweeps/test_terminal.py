@@ -14,7 +14,7 @@ def test_what_a_terminal_would_act_on_is_written_out() -> None:
     assert visible("plain, ünïcode 漢字 [red]\nnext") == "plain, ünïcode 漢字 [red]\nnext"
 
 
-@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=50))
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=50) | st.text(alphabet="\\[]/a", max_size=6))
 def test_rich_shows_any_text_as_it_is(text: str) -> None:
     written = io.StringIO()
     console = Console(file=written, color_system=None, width=10_000)
