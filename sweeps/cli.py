@@ -609,7 +609,14 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
         counts = f"{len(planned.runs)} runs, {already} finished" + (
             f", {len(stopped)} stopped early" if stopped else ""
         )
+        # Those of a search come up again one after the other; the board is to know that they are done.
+        searched = {
+            key: found.info.status == "FINISHED"
+            for key, found in agenda.known.items()
+            if recipe.search and found.data.tags.get(names.ROLE) in {"search", "confirm"} and is_over(found)
+        }
         search = f", then a search of {recipe.search.trials} trials" if recipe.search else ""
+        search += f", of which {len(searched)} runs are over" if searched else ""
         out.print(f"[bold]{recipe.name}[/]: {counts}{search}", highlight=False)
         if len(stopped) == len(left) and not recipe.search:
             sweep.set_status(sweep.parent_run_id, "FINISHED")
@@ -619,7 +626,7 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
 
         out.print("preparing models and starting workers ...")
         expected = sum(most_runs(recipe, len(planned.runs)).values())
-        board = Board.of(left, already_done=already, expected=expected)
+        board = Board.of(left, already_done=already + sum(searched.values()), expected=expected)
         for run_key in stopped:
             board.runs[run_key].status = "KILLED"
         try:

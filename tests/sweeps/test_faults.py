@@ -32,12 +32,13 @@ def undisturbed(make_sweep: Callable[[], "Sweep"]) -> dict[str, Any]:
     return sweep.numbers()
 
 
-def goes_on(sweep: "Sweep", *arguments: str) -> None:
-    """The same command again ends with every run finished."""
+def goes_on(sweep: "Sweep", *arguments: str) -> str:
+    """The same command again ends with every run finished; returns what it says."""
     process = sweep.start("--no-report", *arguments)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert "4 of 4 runs finished" in stdout
+    return str(stdout)
 
 
 @pytest.mark.parametrize("victim", ["the driver", "ray::TrialHost"])
@@ -75,6 +76,8 @@ def test_a_search_whose_process_of_trials_is_killed_loses_none_of_its_trials(
     goes_on(sweep)
     assert trials(sweep) == ["COMPLETE"] * 4
     sweep.check_whole()
+    stdout = goes_on(sweep)
+    assert "then a search of 4 trials, of which 4 runs are over" in stdout
 
 
 SEARCH = """search:
