@@ -48,6 +48,7 @@ def test_a_run_that_ends_between_ctrl_c_and_the_end_of_ray_keeps_its_status(
 
     monkeypatch.setattr(runner, "_tune", interrupted)
     monkeypatch.setattr(runner.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(runner, "files_at_hand", lambda model, revision: tmp_path)  # else Ray would have it built
     connection: Any = SimpleNamespace(own=True, close=lambda: None, wait=wait)
     display: Any = SimpleNamespace(ended=ended, note=lambda text: None)
     with pytest.raises(runner.Interrupted):
