@@ -21,6 +21,7 @@ OTHER = (SHIPPED / "micro-money-good.jsonl").read_text().splitlines(keepends=Tru
 def test_interleaved_rows_are_learnt_and_not_measured_also_where_the_file_is_another_by_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: PreTrainedTokenizerFast
 ) -> None:
+    monkeypatch.setattr(inputs, "fetch", lambda model, revision: None)
     monkeypatch.setattr("emtrain.load.load_tokenizer", lambda model, revision: words)
     monkeypatch.setenv("EMSWEEP_CACHE", str(tmp_path / "cache"))
     where: dict[str, Any] = {"revision": None, "data_dir": tmp_path / "shared"}
