@@ -278,7 +278,9 @@ def test_the_base_is_itself_again_after_a_run_that_broke_off(
     assert run(make_spec(), model=model).steps == run(make_spec()).steps
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "lion", "muon"))]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
     run: Run, tmp_path: Path, optimizer: str, dropout: float
