@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shlex
-import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -494,8 +493,10 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
 ) -> None:
     """Open the MLflow web interface on the sweeps of this directory, or of a cluster."""
+    from sweeps import tunnel
+
     if cluster is not None:
-        from sweeps import cluster_env, tunnel
+        from sweeps import cluster_env
 
         user = cluster_env.read()["MLFLOW_TRACKING_USERNAME"]
         command = tunnel.command(cluster, port=port)
@@ -511,13 +512,10 @@ def ui(
     if address.startswith(("http://", "https://")):
         out.print(f"the sweeps are on a server already: {literal(without_password(address))}", highlight=False)
         return
-    try:  # MLflow would say so in a page of its own, and end as if all were well
-        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(place, family=family).close()
-    except OSError as error:
+    if problem := tunnel.taken(port, host):  # MLflow would say so in a page of its own, and end as if all were well
         raise ValueError(
-            f"--port {port}: nothing can listen there on {host} ({error.strerror}); choose another --port or --host"
-        ) from error
+            f"--port {port}: nothing can listen there on {host} ({problem}); choose another --port or --host"
+        )
     out.print(f"http://{host}:{port} shows {literal(without_password(address))}; Ctrl-C ends it", highlight=False)
     environment = {
         **os.environ,
@@ -633,21 +631,14 @@ def _execute(recipe: "Recipe", planned: "SweepPlan", *, text: str, connection: "
             connection.open()
             with Display(out, board) as display:
                 runner.execute(agenda, setting, connection=connection, display=display)
-        except (runner.Interrupted, KeyboardInterrupt):
+        except (runner.Interrupted, runner.HostDied, KeyboardInterrupt) as error:
             sweep.set_status(sweep.parent_run_id, "KILLED")
+            why, code = (f"[red]error:[/] {error};", 1) if isinstance(error, runner.HostDied) else ("stopped:", 130)
             err.print(
-                f"stopped: {board.finished} of {board.total} runs are finished; the same command goes on from there",
+                f"{why} {board.finished} of {board.total} runs are finished; the same command goes on from there",
                 highlight=False,
             )
-            raise typer.Exit(130) from None
-        except runner.HostDied as error:
-            sweep.set_status(sweep.parent_run_id, "KILLED")
-            err.print(
-                f"[red]error:[/] {error}; {board.finished} of {board.total} runs are finished; the same command goes "
-                "on from there",
-                highlight=False,
-            )
-            raise typer.Exit(1) from None
+            raise typer.Exit(code) from None
         except (ValueError, OSError):  # a model or dataset that can't be made ready
             sweep.set_status(sweep.parent_run_id, "FAILED")
             raise

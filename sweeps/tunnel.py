@@ -22,7 +22,7 @@ def command(cluster: Path, *, port: int) -> list[str]:
     Raises ``ValueError`` when a local port is taken or the cluster is not up.
     """
     for wanted, remedy in ((port, "choose another with --port"), (RAY_PORT, "end the Ray or the tunnel that has it")):
-        if _taken(wanted):
+        if taken(wanted):
             raise ValueError(f"port {wanted} of this machine is in use; {remedy}")
     host, auth = _head(cluster)
     from ray.autoscaler._private.command_runner import SSHOptions
@@ -37,14 +37,14 @@ def command(cluster: Path, *, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-        return False
+def taken(port: int, host: str = "127.0.0.1") -> str | None:
+    """Why nothing can listen on ``port`` of ``host``; None where something can."""
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place, family=family).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _head(cluster: Path) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from sweeps import tunnel
 def test_a_file_that_describes_no_cluster_is_named(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnel, "_taken", lambda port: False)
+    monkeypatch.setattr(tunnel, "taken", lambda port: None)
     file = tmp_path / "cluster.yaml"
     file.write_text(content)
     with pytest.raises(ValueError, match=f"{file}: no cluster is up that this file describes"):
